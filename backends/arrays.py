@@ -1,0 +1,111 @@
+"""Whose array is this? Answered without importing any framework.
+
+An array of a framework proves that the framework is imported already, so `sys.modules` is all there is to ask.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .errors import FrameworkError, MissingPackageError
+
+_ARRAY_TYPES = {"torch": "Tensor", "cupy": "ndarray"}
+STANDARD = "array-api"  # any other framework that speaks the array API standard: the formulas run on it as they stand
+
+
+def framework(array: Any) -> str | None:
+    """Name of the framework `array` belongs to ("numpy", "torch", "cupy", "array-api"), or None for no array."""
+    if isinstance(array, np.ndarray):
+        return "numpy"
+    for name, array_type in _ARRAY_TYPES.items():
+        module = sys.modules.get(name)
+        if module is not None and isinstance(array, getattr(module, array_type, ())):
+            return name
+    return STANDARD if hasattr(array, "__array_namespace__") and not isinstance(array, np.generic) else None
+
+
+def common_framework(**arrays: Any) -> str:
+    """The one framework all of `arrays` (by argument name; None is skipped) belong to.
+
+    Raises
+    ------
+    FrameworkError
+        One is not an array, or two belong to different frameworks or devices.
+    """
+    seen: dict[str, tuple[str, Any]] = {}
+    for argument, array in arrays.items():
+        if array is None:
+            continue
+        name = framework(array)
+        if name is None:
+            raise FrameworkError(
+                argument, "an array of NumPy, PyTorch or CuPy", type(array).__name__, f"Pass np.asarray({argument})."
+            )
+        seen[argument] = (name, getattr(array, "device", None))
+    (first, (name, device)), *others = seen.items()
+    for argument, (other, other_device) in others:
+        if other != name:
+            raise FrameworkError(
+                argument, f"an array of {name}, as {first} is", f"one of {other}", _conversion(argument, name)
+            )
+        if other_device != device:
+            raise FrameworkError(
+                argument, f"an array on {device}, as {first} is", f"one on {other_device}", "Move both to one device."
+            )
+    return name
+
+
+def _conversion(argument: str, to: str) -> str:
+    line = {"numpy": f"np.asarray({argument}.cpu())", "torch": f"torch.as_tensor({argument})"}
+    return f"Convert it first: {line.get(to, f'{to}.asarray({argument})')}."
+
+
+def namespace(array: Any) -> ModuleType | Any:
+    """The array-API namespace (2024.12) that computes on `array`.
+
+    Raises
+    ------
+    MissingPackageError
+        For torch and cupy, when `array-api-compat` is not installed.
+    """
+    name = framework(array)
+    if name == "numpy":
+        return np
+    if name in _ARRAY_TYPES:
+        return optional_import(f"array_api_compat.{name}", extra=name)
+    return array.__array_namespace__()
+
+
+def optional_import(module: str, extra: str) -> ModuleType:
+    """Import a package that an extra brings, or raise MissingPackageError with its install line."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise MissingPackageError(
+            package, "an installed package", f"none ({error})", f'Run: pip install "perdure[{extra}]"'
+        ) from error
+
+
+def is_floating(array: Any) -> bool:
+    """Whether `array` holds real floating-point numbers (bfloat16 of torch included)."""
+    if framework(array) == "torch":
+        return bool(array.is_floating_point())
+    return bool(namespace(array).isdtype(array.dtype, "real floating"))
+
+
+def cast(array: Any, dtype: Any) -> Any:
+    """`array` in `dtype`; the same object where it is so already."""
+    return array if array.dtype == dtype else namespace(array).astype(array, dtype)
+
+
+def computing_dtype(*arrays: Any) -> Any:
+    """The dtype floating `arrays` of one framework are computed in together: the widest of theirs, at least float32."""
+    xp = namespace(arrays[0])
+    return functools.reduce(xp.promote_types if xp is np else xp.result_type, (a.dtype for a in arrays), xp.float32)

@@ -1,0 +1,54 @@
+"""PyTorch: the formulas with autograd; CPU tensors that need no gradient share memory with the Numba twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .arrays import framework, namespace, optional_import
+
+
+def probe() -> None:
+    """Raise MissingPackageError unless PyTorch and its array-API layer are installed."""
+    torch = optional_import("torch", extra="torch")
+    namespace(torch.zeros(1))
+
+
+def from_numpy(array: np.ndarray) -> Any:
+    """A tensor on the same memory where PyTorch can take it; a copy where it cannot (read-only, negative strides)."""
+    import torch
+
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """The tensor's memory as a NumPy array."""
+    return tensor.detach().cpu().numpy()
+
+
+def _through_numba(name: str, args: tuple[Any, ...]) -> Any:
+    """The Numba twin on the tensors' own memory, or NotImplemented where a gradient or another device is at stake."""
+    import torch
+
+    tensors = [a for a in args if framework(a) == "torch"]
+    if torch.compiler.is_compiling() or any(
+        t.device.type != "cpu" or (torch.is_grad_enabled() and t.requires_grad) for t in tensors
+    ):
+        return NotImplemented
+    from . import numba
+
+    result = getattr(numba, name)(*(to_numpy(a) if framework(a) == "torch" else a for a in args))
+    if result is NotImplemented:
+        return result
+    return tuple(map(torch.from_numpy, result)) if isinstance(result, tuple) else torch.from_numpy(result)
+
+
+def retrieve(*args: Any) -> Any:
+    return _through_numba("retrieve", args)
+
+
+def attention(*args: Any) -> Any:
+    return _through_numba("attention", args)

@@ -1,0 +1,229 @@
+"""Attention over what memory gave back, and how several readings become one.
+
+A reading carries the log-sum-exp of its scores, so the softmax over a union of sets is a weighted mean of the readings
+of each: no set need be seen twice (Milakov & Gimelshein 2018, arXiv 1805.02867; Rabe & Staats 2021, arXiv 2112.05682).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..backends import kernel
+from ..backends.arrays import cast, namespace
+from ..backends.errors import ArgumentError, DTypeError
+from . import checks
+from .retrieval import Neighbours
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a read returns.
+
+    Attributes
+    ----------
+    output : array (..., q, dv)
+        The weighted mean of the values; zeros where there was nothing to attend to.
+    lse : array (..., q)
+        Log-sum-exp of the scaled scores, in at least float32; -inf where there was nothing to attend to.
+    neighbours : Neighbours or None
+        What was attended to, when a memory retrieved it.
+    """
+
+    output: Any
+    lse: Any
+    neighbours: Neighbours | None = None
+
+
+def attend(
+    queries: Any, keys: Any, values: Any, positions: Any = None, scale: float | None = None, mask: Any = None
+) -> Reading:
+    """Softmax attention over all keys, or over each query's own neighbours.
+
+    Parameters
+    ----------
+    queries : array (..., q, d)
+    keys : array (..., n, d)
+    values : array (..., n, dv)
+    positions : integer array (..., q, k), optional
+        Which keys each query attends to, as `top_k` returns them; -1 is nothing.
+    scale : float, optional
+        Factor on q·k; 1/sqrt(d) by default.
+    mask : bool array, broadcastable to (..., q, n), or to (..., q, k) with positions; optional
+        True where a query may attend.
+
+    Returns
+    -------
+    Reading
+        A query with nothing to attend to has output 0 and lse -inf, with zero (never NaN) gradients.
+
+    Raises
+    ------
+    ShapeError, DTypeError, FrameworkError
+        Arrays that do not fit together.
+
+    Notes
+    -----
+    Cost O(q k (d + dv)), or O(q n (d + dv)) without positions. Gradients reach queries, keys and values.
+    Source: Memorizing Transformers (arXiv 2203.08913), section 3.1.
+    """
+    checks.floating_arrays(queries=queries, keys=keys, values=values)
+    checks.shape("queries", queries, "q", "d")
+    checks.shape("keys", keys, "n", queries.shape[-1])
+    checks.shape("values", values, keys.shape[-2], "dv")
+    lead = checks.leading(queries=(queries, 2), keys=(keys, 2), values=(values, 2), positions=(positions, 2))
+    xp = namespace(queries)
+    if positions is not None:
+        if not xp.isdtype(positions.dtype, "integral"):
+            raise DTypeError("positions", "integers", str(positions.dtype), "Pass the positions top_k returned.")
+        checks.shape("positions", positions, queries.shape[-2], "k")
+    width = keys.shape[-2] if positions is None else positions.shape[-1]
+    checks.mask(mask, lead, queries.shape[-2], width)
+    if scale is None:
+        scale = 1 / math.sqrt(max(queries.shape[-1], 1))
+    if keys.shape[-2] == 0 or width == 0:  # nothing to attend to: one forbidden key keeps the graph and the formula whole
+        keys, values = (xp.zeros((1, a.shape[-1]), dtype=a.dtype, device=a.device) for a in (keys, values))
+        positions, mask = None, xp.zeros((1, 1), dtype=xp.bool, device=queries.device)
+    return Reading(*attention(queries, keys, values, positions, scale, mask, 0))
+
+
+@kernel(wide=(1,))
+def attention(
+    queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int
+) -> tuple[Any, Any]:
+    """output = softmax(scale q·k) v and lse = log sum exp(scale q·k), over keys whose oldest stands at slot `start`."""
+    xp = namespace(queries)
+    if positions is None:
+        allowed = xp.asarray(True, device=queries.device) if mask is None else mask
+        scores = scale * (queries @ xp.matrix_transpose(keys))  # (..., q, n)
+    else:
+        found = positions >= 0
+        allowed = found if mask is None else found & mask
+        slots = xp.where(found, (positions + start) % keys.shape[-2], 0)  # (..., q, k)
+        keys, values = gather(keys, slots), gather(values, slots)  # (..., q, k, d), (..., q, k, dv)
+        scores = scale * xp.sum(queries[..., None, :] * keys, axis=-1)  # (..., q, k)
+    weights, lse = masked_softmax(scores, allowed)
+    if positions is None:
+        return weights @ values, lse
+    return xp.sum(weights[..., None] * values, axis=-2), lse
+
+
+def gather(table: Any, slots: Any) -> Any:
+    """Rows of `table` (..., n, d) at `slots` (..., q, k) -> (..., q, k, d)."""
+    xp = namespace(table)
+    lead = checks.leading(table=(table, 2), slots=(slots, 2))
+    flat = xp.reshape(xp.broadcast_to(slots, (*lead, *slots.shape[-2:])), (*lead, -1, 1))
+    table = xp.broadcast_to(table, (*lead, *table.shape[-2:]))
+    rows = xp.take_along_axis(table, cast(flat, xp.int64), axis=-2)
+    return xp.reshape(rows, (*lead, *slots.shape[-2:], table.shape[-1]))
+
+
+def masked_softmax(scores: Any, allowed: Any) -> tuple[Any, Any]:
+    """Softmax over the last axis where `allowed`, with its log-sum-exp; zeros and -inf where nothing is allowed.
+
+    Mask, finite maximum, exp, zero, divide by at least the smallest sum that can occur: in this order no NaN is ever
+    made, so none has to be repaired, in the gradients either.
+    """
+    xp = namespace(scores)
+    nothing = xp.asarray(0, dtype=scores.dtype, device=scores.device)
+    allowed = xp.broadcast_to(allowed, scores.shape)
+    scores = xp.where(allowed, scores, nothing)
+    forbidden = xp.asarray(-math.inf, dtype=scores.dtype, device=scores.device)
+    top = xp.max(xp.where(allowed, scores, forbidden), axis=-1, keepdims=True)
+    top = xp.where(top == -math.inf, nothing, top)
+    powers = xp.where(allowed, xp.exp(xp.where(allowed, scores - top, nothing)), nothing)
+    total = xp.sum(powers, axis=-1, keepdims=True)
+    empty = total == 0
+    total = xp.where(empty, xp.ones_like(total), total)
+    lse = xp.where(empty, forbidden, top + xp.log(total))
+    return powers / total, lse[..., 0]
+
+
+def merge(*readings: Reading) -> Reading:
+    """The reading over the union of what each of `readings` read: exact softmax, whatever was split how.
+
+    Parameters
+    ----------
+    readings : Reading
+        Outputs (..., q, dv) and lse (..., q) of disjoint sets of keys, scored alike.
+
+    Returns
+    -------
+    Reading
+        Zeros and -inf where every reading was empty. `neighbours` are those of the first that has any.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, FrameworkError
+        No reading at all, or readings that do not fit together.
+
+    Notes
+    -----
+    Cost O(q dv) a reading; gradients reach outputs and lse.
+    """
+    if not readings:
+        raise ArgumentError("readings", "at least one Reading", "none", "Pass the readings to merge.")
+    for i, reading in enumerate(readings):
+        if not isinstance(reading, Reading):
+            raise ArgumentError(f"readings[{i}]", "a Reading", type(reading).__name__, "Pass what read or attend gave.")
+        checks.floating_arrays(output=readings[0].output, **{f"readings[{i}].output": reading.output})
+        checks.shape(f"readings[{i}].output", reading.output, *readings[0].output.shape)
+        checks.shape(f"readings[{i}].lse", reading.lse, *readings[0].output.shape[:-1])
+    neighbours = next((r.neighbours for r in readings if r.neighbours is not None), None)
+    pairs = ((r.output, r.lse) for r in readings)
+    output, lse = functools.reduce(lambda a, b: merge_two(*a, *b), pairs)
+    return Reading(output, lse, neighbours)
+
+
+@kernel(wide=(1,))
+def merge_two(output_a: Any, lse_a: Any, output_b: Any, lse_b: Any) -> tuple[Any, Any]:
+    """output = (e^lse_a output_a + e^lse_b output_b) / (e^lse_a + e^lse_b)."""
+    xp = namespace(output_a)
+    lses = xp.stack([lse_a, lse_b], axis=-1)  # (..., q, 2)
+    weights, lse = masked_softmax(lses, lses > -math.inf)
+    return weights[..., :1] * output_a + weights[..., 1:] * output_b, lse
+
+
+def gate(memory_output: Any, local_output: Any, bias: Any) -> Any:
+    """Mix memory and local attention by a learned gate a head: g memory + (1 - g) local, g = sigmoid(bias).
+
+    Parameters
+    ----------
+    memory_output : Reading or array (..., heads, q, dv)
+        Given a Reading, a query that found nothing keeps its local output unchanged. Given an array, the rule is that
+        of the authors' code: nothing found is a memory of zeros, (1 - g) local.
+    local_output : array (..., heads, q, dv)
+    bias : array (heads,)
+        0 starts at an even mix.
+
+    Returns
+    -------
+    array (..., heads, q, dv)
+
+    Raises
+    ------
+    ShapeError, DTypeError, FrameworkError
+
+    Notes
+    -----
+    Source: Memorizing Transformers, section 3.1, equation "V_a = V_m ⊙ g + V_c ⊙ (1 - g)".
+    """
+    reading = memory_output if isinstance(memory_output, Reading) else None
+    output = memory_output if reading is None else reading.output
+    checks.floating_arrays(local_output=local_output, memory_output=output, bias=bias)
+    checks.shape("local_output", local_output, "heads", "q", "dv")
+    checks.shape("memory_output", output, *local_output.shape)
+    checks.shape("bias", bias, local_output.shape[-3])
+    return gated(local_output, output, None if reading is None else reading.lse, bias)
+
+
+@kernel
+def gated(local: Any, memory: Any, lse: Any, bias: Any) -> Any:
+    """g memory + (1 - g) local with g = 1 / (1 + e^-bias), and g = 0 where lse = -inf."""
+    xp = namespace(local)
+    share = (1 / (1 + xp.exp(-bias)))[:, None, None]  # (heads, 1, 1)
+    if lse is not None:
+        share = xp.where((lse > -math.inf)[..., None], share, xp.zeros_like(share))
+    return share * memory + (1 - share) * local

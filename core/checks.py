@@ -1,0 +1,146 @@
+"""What public functions ask of their arguments, once, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backends.arrays import cast, common_framework, computing_dtype, framework, is_floating, namespace
+from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+
+
+def floating_arrays(**arrays: Any) -> None:
+    """All arrays belong to one framework and device and hold floats; None is skipped.
+
+    Raises
+    ------
+    FrameworkError, DTypeError
+    """
+    common_framework(**arrays)
+    for argument, array in arrays.items():
+        if array is not None and not is_floating(array):
+            raise DTypeError(
+                argument, "a floating-point dtype", str(array.dtype), "Cast it, for example to float32, first."
+            )
+
+
+def shape(argument: str, array: Any, *expected: int | str) -> None:
+    """The last axes of `array` are `expected`: an int must match, a name stands for any size; any leading axes.
+
+    Raises
+    ------
+    ShapeError
+    """
+    actual = tuple(array.shape)
+    tail = actual[len(actual) - len(expected) :]
+    if len(actual) < len(expected) or any(isinstance(e, int) and e != a for e, a in zip(expected, tail, strict=True)):
+        wanted = ", ".join(str(e) for e in expected)
+        raise ShapeError(argument, f"shape (..., {wanted})", str(actual), "Reshape it, or check which array was meant.")
+
+
+def leading(**arrays: tuple[Any, int]) -> tuple[int, ...]:
+    """The common leading shape of `arrays`, each given with the number of its trailing axes; None is skipped.
+
+    Raises
+    ------
+    ShapeError
+        The leading axes do not broadcast together.
+    """
+    common: tuple[int, ...] = ()
+    first = ""
+    for argument, (array, trailing) in arrays.items():
+        if array is None:
+            continue
+        axes = tuple(array.shape[: max(array.ndim - trailing, 0)])
+        width = max(len(axes), len(common))
+        a, b = (1,) * (width - len(axes)) + axes, (1,) * (width - len(common)) + common
+        if any(x != y and 1 not in (x, y) for x, y in zip(a, b, strict=True)):
+            raise ShapeError(
+                argument,
+                f"leading axes that broadcast with {common} of {first}",
+                str(axes),
+                "Give both the same leading axes, or 1 where one serves all.",
+            )
+        common, first = tuple(x if y == 1 else y for x, y in zip(a, b, strict=True)), first or argument
+    return common
+
+
+def count(argument: str, value: Any, least: int = 1) -> int:
+    """`value` as an int of at least `least`.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    try:
+        number = value.__index__()
+    except AttributeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ArgumentError(argument, f"a whole number of at least {least}", repr(value), f"Pass {argument}={least}.")
+    return int(number)
+
+
+def choice(argument: str, value: Any, known: tuple[str, ...]) -> str:
+    """`value`, if it is one of `known`.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if value not in known:
+        raise ArgumentError(argument, f"one of {', '.join(known)}", repr(value), f"Pass {argument}={known[0]!r}.")
+    return value
+
+
+def mask(mask: Any, lead: tuple[int, ...], queries: int, keys: int) -> None:
+    """`mask` is boolean and broadcasts to (..., queries, keys).
+
+    Raises
+    ------
+    ShapeError, DTypeError
+    """
+    if mask is None:
+        return
+    if framework(mask) is None or not namespace(mask).isdtype(mask.dtype, "bool"):
+        raise DTypeError("mask", "a boolean array", str(getattr(mask, "dtype", type(mask))), "Pass mask.astype(bool).")
+    full = (*lead, queries, keys)
+    axes = tuple(mask.shape)
+    if len(axes) > len(full) or any(m not in (1, f) for m, f in zip(axes[::-1], full[::-1], strict=False)):
+        raise ShapeError("mask", f"a shape that broadcasts to {full}", str(axes), "Add or drop leading axes.")
+
+
+def finite(**arrays: Any) -> None:
+    """Every number of every array is finite; None is skipped.
+
+    Raises
+    ------
+    NonFiniteError
+    """
+    for argument, array in arrays.items():
+        if array is not None and not bool(namespace(array).all(namespace(array).isfinite(array))):
+            raise NonFiniteError(argument, "finite numbers", "NaN or infinity", f"Clean {argument} before passing it.")
+
+
+def measurable(**vectors: Any) -> None:
+    """Every vector (last axis) has a squared norm that its computing dtype holds; None is skipped.
+
+    One pass rules out NaN, infinity and, by Cauchy-Schwarz, every overflow of q·k and |q-k|² later.
+
+    Raises
+    ------
+    NonFiniteError
+    """
+    for argument, array in vectors.items():
+        if array is None:
+            continue
+        xp = namespace(array)
+        wide = cast(array, computing_dtype(array))
+        if not bool(xp.all(xp.isfinite(4 * xp.sum(wide * wide, axis=-1)))):
+            if framework(array) is not None:
+                finite(**{argument: array})
+            raise NonFiniteError(
+                argument,
+                "vectors whose squared norm stays within the dtype's range",
+                "one that overflows it",
+                f"Normalise or scale {argument}.",
+            )

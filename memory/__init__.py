@@ -1,0 +1,1 @@
+"""What remembers: state, bounds, rows, eviction, index, persistence."""

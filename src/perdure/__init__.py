@@ -1,0 +1,47 @@
+"""perdure: long-term memory for any model.
+
+Public names load on first use, so `import perdure` costs next to nothing and imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "perdure.backends": ["available_backends", "backend"],
+    "perdure.core.attention": ["Reading", "attend", "gate", "merge"],
+    "perdure.core.basis": ["Basis", "gaussian_basis"],
+    "perdure.core.density": ["expected_value"],
+    "perdure.core.retrieval": ["Neighbours", "top_k"],
+    "perdure.core.signal": ["Signal", "fit"],
+    "perdure.memory.knn": ["KNNMemory"],
+    "perdure.backends.errors": [
+        "ArgumentError",
+        "BackendError",
+        "DTypeError",
+        "FileError",
+        "FrameworkError",
+        "MissingPackageError",
+        "NonFiniteError",
+        "PerdureError",
+        "ShapeError",
+    ],
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'perdure' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
