@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..backends.arrays import cast, common_framework, computing_dtype, framework, is_floating, namespace
 from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 
@@ -109,6 +111,20 @@ def mask(mask: Any, lead: tuple[int, ...], queries: int, keys: int) -> None:
         raise ShapeError("mask", f"a shape that broadcasts to {full}", str(axes), "Add or drop leading axes.")
 
 
+def within(argument: str, array: Any, least: float, most: float) -> None:
+    """Every number of `array` is between `least` and `most`, both allowed.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    xp = namespace(array)
+    if not bool(xp.all((array >= least) & (array <= most))):
+        raise ArgumentError(
+            argument, f"numbers from {least} to {most}", "one outside", f"Check what {argument} refers to."
+        )
+
+
 def finite(**arrays: Any) -> None:
     """Every number of every array is finite; None is skipped.
 
@@ -135,7 +151,9 @@ def measurable(**vectors: Any) -> None:
             continue
         xp = namespace(array)
         wide = cast(array, computing_dtype(array))
-        if not bool(xp.all(xp.isfinite(4 * xp.sum(wide * wide, axis=-1)))):
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = 4 * xp.sum(wide * wide, axis=-1)
+        if not bool(xp.all(xp.isfinite(squares))):
             if framework(array) is not None:
                 finite(**{argument: array})
             raise NonFiniteError(

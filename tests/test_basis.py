@@ -22,7 +22,7 @@ def test_gaussians_are_normal_densities(args):
             assert np.allclose(gaussians(*args), wanted, rtol=1e-12, atol=1e-12 / widths.min())
 
 
-@given(st.integers(1, 40), strategies.positions())
+@given(st.integers(1, 40), strategies.places())
 def test_rectangles_tile_the_unit_interval(n, t):
     psi = rectangular_basis(n)(t)
     assert psi.shape == (t.size, n)
