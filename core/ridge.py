@@ -86,10 +86,6 @@ class FitOperator:
     degrees_of_freedom: float
     key: Hashable
 
-    def beside(self, like: Any) -> Any:
-        """`matrix` as an array beside `like`, in the dtype it is computed in; rounded once and kept."""
-        return beside(self.key, self.matrix, like)
-
 
 def beside(key: Hashable, matrix: np.ndarray, like: Any) -> Any:
     """The float64 `matrix` known as `key`, as an array beside `like` in its computing dtype; made once and kept."""
