@@ -30,6 +30,16 @@ def framework(array: Any) -> str | None:
     return STANDARD if hasattr(array, "__array_namespace__") and not isinstance(array, np.generic) else None
 
 
+def known_framework(argument: str, array: Any) -> str:
+    """`framework(array)`, or FrameworkError where `array` is none."""
+    name = framework(array)
+    if name is None:
+        raise FrameworkError(
+            argument, "an array of NumPy, PyTorch or CuPy", type(array).__name__, f"Pass np.asarray({argument})."
+        )
+    return name
+
+
 def common_framework(**arrays: Any) -> str:
     """The one framework all of `arrays` (by argument name; None is skipped) belong to.
 
@@ -42,12 +52,9 @@ def common_framework(**arrays: Any) -> str:
     for argument, array in arrays.items():
         if array is None:
             continue
-        name = framework(array)
-        if name is None:
-            raise FrameworkError(
-                argument, "an array of NumPy, PyTorch or CuPy", type(array).__name__, f"Pass np.asarray({argument})."
-            )
-        seen[argument] = (name, getattr(array, "device", None))
+        seen[argument] = (known_framework(argument, array), getattr(array, "device", None))
+    if not seen:
+        known_framework(next(iter(arrays)), None)
     (first, (name, device)), *others = seen.items()
     for argument, (other, other_device) in others:
         if other != name:
