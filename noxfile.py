@@ -68,7 +68,7 @@ def tests(session: nox.Session) -> None:
     install_wheel(session, "transformers", "plot")
     install_group(session, "test")
     if not session.posargs:
-        few = ("tests/test_conformance.py", "-k", "numba", "--hypothesis-profile=few")
+        few = ("tests/test_conformance.py", "-k", "numba", "--hypothesis-profile=brief")
         session.run("pytest", *few, env={"NUMBA_DISABLE_JIT": "1"})
     session.run("pytest", *session.posargs)
 

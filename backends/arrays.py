@@ -130,3 +130,12 @@ def computing_dtype(*arrays: Any) -> Any:
     """The dtype floating `arrays` of one framework are computed in together: the widest of theirs, at least float32."""
     xp = namespace(arrays[0])
     return functools.reduce(xp.promote_types if xp is np else xp.result_type, (a.dtype for a in arrays), xp.float32)
+
+
+def narrow(array: Any, dtype: Any) -> Any:
+    """`array` in a floating `dtype`; what leaves its range becomes its largest number, not infinity."""
+    xp = namespace(array)
+    largest = xp.finfo(dtype).max
+    if largest < xp.finfo(array.dtype).max:
+        array = xp.where(xp.isinf(array), array, xp.clip(array, -largest, largest))
+    return cast(array, dtype)

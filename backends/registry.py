@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from .arrays import STANDARD, cast, common_framework, computing_dtype, framework, is_floating
+from .arrays import STANDARD, cast, common_framework, computing_dtype, framework, is_floating, narrow
 from .errors import ArgumentError, BackendError
 
 DEFAULT = "numba"
@@ -73,7 +73,7 @@ class Kernel:
 
     @staticmethod
     def _narrow(result: Any, dtype: Any) -> Any:
-        return cast(result, dtype) if is_floating(result) else result
+        return narrow(result, dtype) if is_floating(result) else result
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"

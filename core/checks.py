@@ -122,6 +122,20 @@ def mask(mask: Any, lead: tuple[int, ...], queries: int, keys: int) -> None:
         raise ShapeError("mask", f"a shape that broadcasts to {full}", str(axes), "Add or drop leading axes.")
 
 
+def within(argument: str, array: Any, least: float, most: float) -> None:
+    """Every number of `array` is between `least` and `most`, both allowed.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    xp = namespace(array)
+    if not bool(xp.all((array >= least) & (array <= most))):
+        raise ArgumentError(
+            argument, f"numbers from {least} to {most}", "one outside", f"Check what {argument} refers to."
+        )
+
+
 def finite(**arrays: Any) -> None:
     """Every number of every array is finite; None is skipped.
 

@@ -132,9 +132,9 @@ class KNNMemory:
         """
         chosen = self._chosen(rows)
         checks.floating_arrays(keys=keys, values=values)
+        exactly(4, keys=keys, values=values)
         checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim)
         checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim)
-        exactly(4, keys=keys, values=values)
         tokens = (len(chosen), keys.shape[2])
         keys, values = (stored_as(a, self.dtype) for a in (to_numpy(keys), to_numpy(values)))
         checks.measurable(keys=keys)
@@ -281,7 +281,7 @@ class KNNMemory:
         return [(self._rows[row], grouped[i]) for i, row in enumerate(chosen)]
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
-        """The rows' results (heads, group x q, ...) as one array (rows, query_heads, q, ...) in the caller's framework."""
+        """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
         if parts[0] is None:
             return None
         stacked = np.stack(parts)
