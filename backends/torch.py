@@ -54,3 +54,11 @@ def retrieve(*args: Any) -> Any:
 
 def attention(*args: Any) -> Any:
     return _through_numba("attention", args)
+
+
+def gaussians(*args: Any) -> Any:
+    return _through_numba("gaussians", args)
+
+
+def expected_basis(*args: Any) -> Any:
+    return _through_numba("expected_basis", args)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import array_api_strict
 import numpy as np
 import perdure.core.attention
+import perdure.core.density
 import perdure.core.retrieval
 import pytest
 import strategies
