@@ -282,9 +282,10 @@ class KNNMemory:
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
         """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
-        if parts[0] is None:
+        if all(part is None for part in parts):
             return None
-        stacked = np.stack(parts)
+        shape = next(part.shape for part in parts if part is not None)
+        stacked = np.stack([np.full(shape, -1) if part is None else part for part in parts])  # a row without tags
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
 
 
