@@ -62,3 +62,7 @@ def gaussians(*args: Any) -> Any:
 
 def expected_basis(*args: Any) -> Any:
     return _through_numba("expected_basis", args)
+
+
+def histogram(*args: Any) -> Any:
+    return _through_numba("histogram", args)

@@ -53,11 +53,18 @@ class Scheme:
         """Where on the old signal the M samples stand when nothing says that one place matters more."""
         return published.old_positions(self.samples) if self.original else centred(self.samples)
 
+    def new_positions(self, contraction: float, length: int) -> np.ndarray:
+        """Where the new samples of an update stand."""
+        if self.original:
+            return published.update_positions(contraction, self.samples, length)[1]
+        return after_contraction(contraction, self.samples, length)[1]
+
     def recurrence(self, operator: FitOperator) -> np.ndarray:
         """C (N, N), float64, kept."""
 
         def make() -> np.ndarray:
-            made = operator.matrix[:, : self.samples] @ self.basis(self.old_positions())
+            old = operator.matrix[:, : self.samples]
+            made = multiply(old, windows(old, 8), self.basis(self.old_positions()))
             made.setflags(write=False)
             return made
 

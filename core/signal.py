@@ -34,6 +34,8 @@ class Signal:
         That of the samples, which evaluations come back in.
     segment : int
         How many samples the last fit or update brought.
+    original : bool
+        Whether positions, padding and penalty follow the authors' code; `ridge` is then lambda itself.
     """
 
     coefficients: Any
@@ -41,6 +43,7 @@ class Signal:
     ridge: float
     dtype: Any
     segment: int
+    original: bool = False
 
     def __repr__(self) -> str:
         lead, width = tuple(self.coefficients.shape[:-2]), self.coefficients.shape[-1]
@@ -121,7 +124,7 @@ class Signal:
         checks.measurable(x_new=x_new)
         x_new = cast(x_new, B.dtype)
         at = None if where is None else resample(self._histogram(where), M, rng)
-        made = updated(Scheme(self.basis, self.ridge, M), B, x_new, tau, at)
+        made = updated(Scheme(self.basis, self.ridge, M, self.original), B, x_new, tau, at)
         return replace(self, coefficients=made, segment=x_new.shape[-2])
 
     def _histogram(self, where: Any) -> np.ndarray:
@@ -162,7 +165,9 @@ class Signal:
         ------
         ArgumentError
         """
-        return signal_report(self.basis, self.ridge, segment or self.segment, contraction, samples, features)
+        scheme = Scheme(self.basis, self.ridge, checks.count("samples", samples), self.original)
+        length = self.segment if segment is None else checks.count("segment", segment)
+        return signal_report(scheme, length, fraction("contraction", contraction), features)
 
 
 def fit(x: Any, basis: Basis, ridge: float = 1e-3, positions: Any = None) -> Signal:

@@ -19,14 +19,15 @@ Windows = tuple[tuple[int, int, int, int], ...]
 
 def windows(matrix: np.ndarray, itemsize: int) -> Windows:
     """Tiles (first row, last, first column, last) of `matrix` (N, L) outside which nothing matters."""
-    size = np.abs(matrix)
-    bound = LEFT_OUT[itemsize] / 2 * float(size.sum(axis=1).max(initial=0.0))
+    starts = range(0, matrix.shape[0], TILE)
+    sizes = [np.abs(matrix[first : first + TILE]) for first in starts]
+    bound = LEFT_OUT[itemsize] / 2 * max(float(size.sum(axis=1).max()) for size in sizes)
     tiles = []
-    for first in range(0, matrix.shape[0], TILE):
-        last = min(first + TILE, matrix.shape[0])
-        left = np.cumsum(size[first:last], axis=1).max(axis=0)
-        right = np.cumsum(size[first:last, ::-1], axis=1).max(axis=0)
+    for first, size in zip(starts, sizes, strict=True):
+        column = size.max(axis=0)
+        left, right = np.cumsum(column), np.cumsum(column[::-1])  # no row leaves out more
         start, end = np.searchsorted(left, bound, side="right"), np.searchsorted(right, bound, side="right")
+        last = first + size.shape[0]
         tiles.append((first, last, int(start), max(matrix.shape[1] - int(end), int(start))))
     kept = sum((b - a) * (d - c) for a, b, c, d in tiles)
     if kept > 0.8 * matrix.size:  # one product is faster than many that save little

@@ -4,7 +4,7 @@ Each function here is the faster twin of the kernel of the same name in core/, w
 """
 
 from .attention import attention
-from .basis import expected_basis, gaussians
+from .basis import expected_basis, gaussians, histogram
 from .retrieval import retrieve
 
-__all__ = ["attention", "expected_basis", "gaussians", "retrieve"]
+__all__ = ["attention", "expected_basis", "gaussians", "histogram", "retrieve"]
