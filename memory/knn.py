@@ -132,9 +132,8 @@ class KNNMemory:
         """
         chosen = self._chosen(rows)
         checks.floating_arrays(keys=keys, values=values)
-        exactly(4, keys=keys, values=values)
-        checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim)
-        checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim)
+        checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
+        checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
         tokens = (len(chosen), keys.shape[2])
         keys, values = (stored_as(a, self.dtype) for a in (to_numpy(keys), to_numpy(values)))
         checks.measurable(keys=keys)
@@ -266,8 +265,7 @@ class KNNMemory:
         chosen = self._chosen(rows)
         checks.count("k", k)
         checks.floating_arrays(queries=queries)
-        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim)
-        exactly(4, queries=queries)
+        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim, whole=True)
         if queries.shape[1] == 0 or queries.shape[1] % self.heads:
             raise ShapeError(
                 "queries",
@@ -289,18 +287,6 @@ class KNNMemory:
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
 
 
-def exactly(axes: int, **arrays: Any) -> None:
-    """Every array has that many axes.
-
-    Raises
-    ------
-    ShapeError
-    """
-    for argument, array in arrays.items():
-        if array.ndim != axes:
-            raise ShapeError(argument, f"{axes} axes", str(tuple(array.shape)), "Add or drop leading axes.")
-
-
 def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
     """`given` as NumPy, which must be (rows, n) of that kind of dtype.
 
@@ -312,8 +298,7 @@ def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -
     array = to_numpy(given)
     if not np.isdtype(array.dtype, kind):
         raise DTypeError(argument, f"a dtype of kind {kind}", str(array.dtype), f"Cast {argument} first.")
-    checks.shape(argument, array, *tokens)
-    exactly(2, **{argument: array})
+    checks.shape(argument, array, *tokens, whole=True)
     return array
 
 
