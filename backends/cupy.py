@@ -28,11 +28,12 @@ def probe() -> None:
         raise BackendError("cupy", "a GPU that computes", "a wrong sum", "Check the driver and the CuPy build.")
 
 
-def from_numpy(array: np.ndarray) -> Any:
-    """A copy on the current device."""
+def from_numpy(array: np.ndarray, device: Any = None) -> Any:
+    """A copy on `device`, or on the current one."""
     import cupy
 
-    return cupy.asarray(array)
+    with cupy.cuda.Device() if device is None else device:
+        return cupy.asarray(array)
 
 
 def to_numpy(array: Any) -> np.ndarray:

@@ -15,13 +15,13 @@ def probe() -> None:
     namespace(torch.zeros(1))
 
 
-def from_numpy(array: np.ndarray) -> Any:
+def from_numpy(array: np.ndarray, device: Any = None) -> Any:
     """A tensor on the same memory where PyTorch can take it; a copy where it cannot (read-only, negative strides)."""
     import torch
 
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
-    return torch.from_numpy(array)
+    return torch.from_numpy(array).to(device or torch.get_default_device())
 
 
 def to_numpy(tensor: Any) -> np.ndarray:

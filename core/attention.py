@@ -83,7 +83,9 @@ def attend(
     checks.mask(mask, lead, queries.shape[-2], width)
     if scale is None:
         scale = 1 / math.sqrt(max(queries.shape[-1], 1))
-    if keys.shape[-2] == 0 or width == 0:  # nothing to attend to: one forbidden key keeps the graph and the formula whole
+    if (
+        keys.shape[-2] == 0 or width == 0
+    ):  # nothing to attend to: one forbidden key keeps the graph and the formula whole
         keys, values = (xp.zeros((1, a.shape[-1]), dtype=a.dtype, device=a.device) for a in (keys, values))
         positions, mask = None, xp.zeros((1, 1), dtype=xp.bool, device=queries.device)
     return Reading(*attention(queries, keys, values, positions, scale, mask, 0))

@@ -1,0 +1,32 @@
+"""Arrays of any framework in, NumPy inside, the caller's framework, device and dtype out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .arrays import STANDARD, cast, computing_dtype, framework, is_floating, namespace
+from .registry import load
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """`array` as NumPy, on its own memory where it is in main memory; half precision becomes float32."""
+    home = framework(array)
+    if is_floating(array):
+        array = cast(array, computing_dtype(array))
+    if home == "numpy":
+        return array
+    return np.asarray(array) if home == STANDARD else load(home).to_numpy(array)
+
+
+def like(array: np.ndarray, reference: Any, dtype: Any = None) -> Any:
+    """`array` in the framework and on the device of `reference`; floats in `dtype`, or else in its dtype."""
+    home = framework(reference)
+    if home == "numpy":
+        given = array
+    elif home == STANDARD:
+        given = namespace(reference).asarray(array, device=reference.device)
+    else:
+        given = load(home).from_numpy(array, reference.device)
+    return cast(given, reference.dtype if dtype is None else dtype) if is_floating(given) else given

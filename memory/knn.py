@@ -1,0 +1,322 @@
+"""The memory of Memorizing Transformers: the newest (key, value) pairs of every row, retrieved by exact search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from ..backends.arrays import common_framework, computing_dtype
+from ..backends.errors import ArgumentError, DTypeError, ShapeError
+from ..backends.exchange import like, to_numpy
+from ..core import checks
+from ..core.attention import Reading
+from ..core.retrieval import SPACES, Neighbours
+from .row import Row
+from .state import pack, required, unpack
+
+DTYPES = ("float32", "float16", "float64")
+INDEXES = ("exact",)
+
+
+class KNNMemory:
+    """Bounded memory of (key, value) pairs per row and head, read by attention over the k nearest keys.
+
+    Parameters
+    ----------
+    rows : int
+        Documents, users or batch elements; none ever sees another's pairs.
+    heads, dim : int
+        Heads a row has, and the width of a key.
+    capacity : int
+        The most tokens held per row; the oldest leave first.
+    value_dim : int, optional
+        Width of a value; `dim` by default.
+    space : {"ip", "cosine", "l2"}
+        What "nearest" means; see `top_k`. Attention scores are scale·q·k in every space.
+    dtype : {"float32", "float16", "float64"}
+        What keys and values are stored as. Computed with is at least float32.
+    index : {"exact"}
+        How the nearest are found.
+
+    Raises
+    ------
+    ArgumentError
+        A size below 1, or an unknown choice.
+
+    Notes
+    -----
+    Bytes: rows x heads x min(tokens, capacity) x (dim + value_dim) x itemsize, allocated as tokens come (doubling).
+    A write costs O(n), a read O(q n d). Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913),
+    section 3. Differs from the paper in that a row with nothing stored reads as nothing (output 0, lse -inf), where the
+    authors' code attends to slots of zeros.
+
+    Examples
+    --------
+    >>> import numpy as np, perdure
+    >>> rng = np.random.default_rng(0)
+    >>> memory = perdure.KNNMemory(rows=1, heads=2, dim=8, capacity=100)
+    >>> keys = rng.standard_normal((1, 2, 250, 8))
+    >>> memory.write(keys, values=keys)
+    >>> memory.tokens
+    array([100])
+    >>> reading = memory.read(keys[:, :, -1:], k=4)
+    >>> reading.neighbours.positions.max() < 250
+    True
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        heads: int,
+        dim: int,
+        capacity: int,
+        *,
+        value_dim: int | None = None,
+        space: str = "ip",
+        dtype: str = "float32",
+        index: str = "exact",
+    ):
+        self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
+        self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
+        self.value_dim = self.dim if value_dim is None else checks.count("value_dim", value_dim)
+        self.space, self.dtype = checks.choice("space", space, SPACES), checks.choice("dtype", dtype, DTYPES)
+        self.index = checks.choice("index", index, INDEXES)
+        self._rows = [self._empty() for _ in range(self.rows)]
+
+    def _empty(self) -> Row:
+        return Row(self.heads, self.dim, self.value_dim, self.capacity, np.dtype(self.dtype))
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens held now, int64 (rows,)."""
+        return np.array([row.stored for row in self._rows], np.int64)
+
+    @property
+    def written(self) -> np.ndarray:
+        """Tokens in each row's whole history, int64 (rows,); the next token's position."""
+        return np.array([row.written for row in self._rows], np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys, values and tags."""
+        return sum(row.nbytes for row in self._rows)
+
+    def write(
+        self, keys: Any, values: Any, rows: Sequence[int] | None = None, mask: Any = None, tags: Any = None
+    ) -> None:
+        """Append a segment; where a row is full, its oldest tokens leave.
+
+        Parameters
+        ----------
+        keys : array (rows, heads, n, dim)
+            Any n, none and more than the capacity included.
+        values : array (rows, heads, n, value_dim)
+        rows : sequence of int, optional
+            Which rows the first axis stands for, each at most once; all by default.
+        mask : bool array (rows, n), optional
+            False is padding: not stored, and no place in the history.
+        tags : int array (rows, n) or int, optional
+            One integer a token, given back with every neighbour; tokens without one have -1.
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
+            In every case nothing has been written.
+
+        Notes
+        -----
+        Cost O(rows heads n (dim + value_dim)). No gradient is kept.
+        """
+        chosen = self._chosen(rows)
+        checks.floating_arrays(keys=keys, values=values)
+        checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim)
+        checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim)
+        exactly(4, keys=keys, values=values)
+        tokens = (len(chosen), keys.shape[2])
+        keys, values = (stored_as(a, self.dtype) for a in (to_numpy(keys), to_numpy(values)))
+        checks.measurable(keys=keys)
+        checks.finite(values=values)
+        present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
+        if tags is not None:
+            tags = np.full(tokens, tags) if isinstance(tags, int) else tags
+            tags = token_array("tags", tags, tokens, "integral").astype(np.int64)
+        for i, row in enumerate(chosen):
+            self._rows[row].reserve(int(present[i].sum()), tags is not None)
+        for i, row in enumerate(chosen):
+            kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
+            self._rows[row].write(keys[i][:, kept], values[i][:, kept], None if tags is None else tags[i][kept])
+
+    def search(self, queries: Any, k: int, rows: Sequence[int] | None = None) -> Neighbours:
+        """The k nearest stored tokens of every query, with their keys and values.
+
+        Parameters
+        ----------
+        queries : array (rows, query_heads, q, dim)
+            `query_heads` may be a multiple g of `heads`: query head h then searches memory head h // g.
+        k : int
+            At least 1; may exceed what is stored.
+        rows : sequence of int, optional
+            Which rows the first axis stands for; all by default.
+
+        Returns
+        -------
+        Neighbours
+            scores and positions (rows, query_heads, q, k), best first, ties to the newest; positions count the tokens
+            of the row's whole history, and are -1, with score -inf and zeros, where fewer than k are stored.
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
+        """
+        found = []
+        for row, grouped in self._grouped(queries, rows, k):
+            scores, positions = row.search(grouped, k, self.space)
+            taken = row.gather(positions)
+            found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
+        return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
+
+    def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
+        """Attention of every query over its k nearest stored tokens.
+
+        Parameters
+        ----------
+        queries : array (rows, query_heads, q, dim)
+            `query_heads` may be a multiple g of `heads`: query head h then reads memory head h // g.
+        k : int
+        scale : float, optional
+            Factor on q·k; 1/sqrt(dim) by default.
+        rows : sequence of int, optional
+            Which rows the first axis stands for; all by default.
+
+        Returns
+        -------
+        Reading
+            output (rows, query_heads, q, value_dim), lse (rows, query_heads, q), and `neighbours` with scores,
+            positions and tags. A row with nothing stored gives output 0 and lse -inf.
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
+        """
+        scale = 1 / math.sqrt(self.dim) if scale is None else scale
+        found = []
+        for row, grouped in self._grouped(queries, rows, k):
+            scores, positions = row.search(grouped, k, self.space)
+            output, lse = row.attend(grouped, positions, scale)
+            found.append((output, lse, scores, positions, row.tags_at(positions)))
+        outputs, lses, *rest = zip(*found, strict=True)
+        scores, positions, tags = (self._ungrouped(parts, queries) for parts in rest)
+        output, lse = self._ungrouped(outputs, queries), self._ungrouped(lses, queries, computing_dtype(queries))
+        return Reading(output, lse, Neighbours(scores, positions, tags=tags))
+
+    def clear(self, rows: Sequence[int] | None = None) -> None:
+        """Forget everything in `rows` (all by default), in O(1): their stores are dropped, and history restarts at 0.
+
+        Raises
+        ------
+        ArgumentError
+            A row out of range; then nothing has been forgotten.
+        """
+        for row in self._chosen(rows):
+            self._rows[row] = self._empty()
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
+        arrays = {"written": self.written}
+        for i, row in enumerate(self._rows):
+            arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays().items()}
+        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype", "index")
+        return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+
+        Raises
+        ------
+        ArgumentError
+            No state of a KNNMemory, or an altered one.
+        """
+        config, arrays = unpack("KNNMemory", state)
+        memory = cls(**config)
+        written = required(arrays, "written", (memory.rows,), np.int64)
+        if (written < 0).any():
+            raise ArgumentError("state['written']", "counts", str(written), "Pass an unaltered state_dict.")
+        for i, row in enumerate(memory._rows):
+            row.written = int(written[i])
+            row.tags = np.empty((1, 0), np.int64) if f"rows.{i}.tags" in arrays else None
+            for name, empty in row.arrays().items():
+                shape = (empty.shape[0], row.stored, *empty.shape[2:])
+                setattr(row, name, required(arrays, f"rows.{i}.{name}", shape, empty.dtype))
+        return memory
+
+    def _chosen(self, rows: Sequence[int] | None) -> list[int]:
+        if rows is None:
+            return list(range(self.rows))
+        chosen = [checks.count("rows", row, least=0) for row in rows]
+        if len(set(chosen)) < len(chosen) or any(row >= self.rows for row in chosen):
+            raise ArgumentError("rows", f"distinct rows below {self.rows}", str(chosen), "Name each row once.")
+        return chosen
+
+    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> list[tuple[Row, np.ndarray]]:
+        """Every chosen row with its queries (heads, group x q, dim), validated."""
+        chosen = self._chosen(rows)
+        checks.count("k", k)
+        checks.floating_arrays(queries=queries)
+        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim)
+        exactly(4, queries=queries)
+        if queries.shape[1] == 0 or queries.shape[1] % self.heads:
+            raise ShapeError(
+                "queries",
+                f"a multiple of the memory's {self.heads} heads",
+                f"{queries.shape[1]} heads",
+                "Give every memory head the same number of query heads.",
+            )
+        numbers = to_numpy(queries)
+        checks.measurable(queries=numbers)
+        grouped = numbers.reshape(len(chosen), self.heads, -1, self.dim)
+        return [(self._rows[row], grouped[i]) for i, row in enumerate(chosen)]
+
+    def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
+        """The rows' results (heads, group x q, ...) as one array (rows, query_heads, q, ...) in the caller's framework."""
+        if parts[0] is None:
+            return None
+        stacked = np.stack(parts)
+        return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
+
+
+def exactly(axes: int, **arrays: Any) -> None:
+    """Every array has that many axes.
+
+    Raises
+    ------
+    ShapeError
+    """
+    for argument, array in arrays.items():
+        if array.ndim != axes:
+            raise ShapeError(argument, f"{axes} axes", str(tuple(array.shape)), "Add or drop leading axes.")
+
+
+def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
+    """`given` as NumPy, which must be (rows, n) of that kind of dtype.
+
+    Raises
+    ------
+    ShapeError, DTypeError, FrameworkError
+    """
+    common_framework(**{argument: given})
+    array = to_numpy(given)
+    if not np.isdtype(array.dtype, kind):
+        raise DTypeError(argument, f"a dtype of kind {kind}", str(array.dtype), f"Cast {argument} first.")
+    checks.shape(argument, array, *tokens)
+    exactly(2, **{argument: array})
+    return array
+
+
+def stored_as(array: np.ndarray, dtype: str) -> np.ndarray:
+    """`array` in the storage dtype; what does not fit becomes infinite, silently, for the finite check to find."""
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
