@@ -263,6 +263,8 @@ class KNNMemory:
     def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> list[tuple[Row, np.ndarray]]:
         """Every chosen row with its queries (heads, group x q, dim), validated."""
         chosen = self._chosen(rows)
+        if not chosen:
+            raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
         checks.count("k", k)
         checks.floating_arrays(queries=queries)
         checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim, whole=True)
@@ -280,10 +282,10 @@ class KNNMemory:
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
         """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
-        if all(part is None for part in parts):
+        known = [part for part in parts if part is not None]
+        if not known:
             return None
-        shape = next(part.shape for part in parts if part is not None)
-        stacked = np.stack([np.full(shape, -1) if part is None else part for part in parts])  # a row without tags
+        stacked = np.stack([np.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
 
 
