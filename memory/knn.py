@@ -14,6 +14,7 @@ from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
+from .indexes.exact import ExactIndex
 from .row import Row
 from .state import pack, required, unpack
 
@@ -37,7 +38,7 @@ class KNNMemory:
     space : {"ip", "cosine", "l2"}
         What "nearest" means; see `top_k`. Attention scores are scale·q·k in every space.
     dtype : {"float32", "float16", "float64"}
-        What keys and values are stored as. Computed with is at least float32.
+        What keys and values are stored as. Computed with, queries included, is the same, at least float32.
     index : {"exact"}
         How the nearest are found.
 
@@ -48,10 +49,11 @@ class KNNMemory:
 
     Notes
     -----
-    Bytes: rows x heads x min(tokens, capacity) x (dim + value_dim) x itemsize, allocated as tokens come (doubling).
-    A write costs O(n), a read O(q n d). Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913),
-    section 3. Differs from the paper in that a row with nothing stored reads as nothing (output 0, lse -inf), where the
-    authors' code attends to slots of zeros.
+    Bytes: rows x heads x min(tokens, capacity) x (dim + value_dim) x itemsize, allocated as tokens come (doubling), and
+    the keys once more for the exact index. A write costs O(n), a read O(q n d), over as many threads as there are.
+    Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. Differs from the paper in
+    that a row with nothing stored reads as nothing (output 0, lse -inf), where the authors' code attends to slots of
+    zeros.
 
     Examples
     --------
@@ -87,7 +89,14 @@ class KNNMemory:
         self._rows = [self._empty() for _ in range(self.rows)]
 
     def _empty(self) -> Row:
-        return Row(self.heads, self.dim, self.value_dim, self.capacity, np.dtype(self.dtype))
+        dtype = np.dtype(self.dtype)
+        index = ExactIndex(self.heads, self.dim, self.space, dtype)
+        return Row(self.heads, self.dim, self.value_dim, self.capacity, dtype, index)
+
+    @property
+    def computing(self) -> np.dtype:
+        """What scores and readings are computed in: the stored dtype, at least float32."""
+        return np.promote_types(self.dtype, np.float32)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -101,7 +110,7 @@ class KNNMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys, values and tags."""
+        """Bytes allocated for keys, values, tags and what the index keeps beside them."""
         return sum(row.nbytes for row in self._rows)
 
     def write(
@@ -172,7 +181,7 @@ class KNNMemory:
         """
         found = []
         for row, grouped in self._grouped(queries, rows, k):
-            scores, positions = row.search(grouped, k, self.space)
+            scores, positions = row.search(grouped, k)
             taken = row.gather(positions)
             found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
@@ -203,7 +212,7 @@ class KNNMemory:
         scale = 1 / math.sqrt(self.dim) if scale is None else scale
         found = []
         for row, grouped in self._grouped(queries, rows, k):
-            scores, positions = row.search(grouped, k, self.space)
+            scores, positions = row.search(grouped, k)
             output, lse = row.attend(grouped, positions, scale)
             found.append((output, lse, scores, positions, row.tags_at(positions)))
         outputs, lses, *rest = zip(*found, strict=True)
@@ -275,7 +284,7 @@ class KNNMemory:
                 f"{queries.shape[1]} heads",
                 "Give every memory head the same number of query heads.",
             )
-        numbers = to_numpy(queries)
+        numbers = stored_as(to_numpy(queries), self.computing)
         checks.measurable(queries=numbers)
         grouped = numbers.reshape(len(chosen), self.heads, -1, self.dim)
         return [(self._rows[row], grouped[i]) for i, row in enumerate(chosen)]
@@ -304,7 +313,7 @@ def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -
     return array
 
 
-def stored_as(array: np.ndarray, dtype: str) -> np.ndarray:
+def stored_as(array: np.ndarray, dtype: Any) -> np.ndarray:
     """`array` in the storage dtype; what does not fit becomes infinite, silently, for the finite check to find."""
     with np.errstate(over="ignore"):
         return array.astype(dtype, copy=False)
