@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..backends.arrays import cast, namespace
+from ..backends.arrays import cast, computing_dtype, namespace
+from .attention import Reading, masked_softmax
 
 
 def sinusoids(distances: Any, dim: int) -> Any:
@@ -72,3 +73,26 @@ def buckets(distances: Any, count: int = 32, furthest: int = 128) -> Any:
     far = exact + cast(xp.log(ratio) * ((count - exact) / math.log(furthest / exact)), distances.dtype)
     far = xp.where(far < count, far, count - 1)
     return xp.where(distances < exact, distances, far)
+
+
+def biased_attention(queries: Any, keys: Any, values: Any, bias: Any, scale: float, allowed: Any) -> Reading:
+    """softmax(scale q·k + bias) v over the allowed keys, with its log-sum-exp, computed in at least float32.
+
+    Parameters
+    ----------
+    queries, keys, values : arrays (..., q, d), (..., n, d), (..., n, dv)
+    bias : array (..., q, n) or None
+    scale : float
+    allowed : bool array (..., q, n)
+
+    Returns
+    -------
+    Reading
+        output (..., q, dv) in the dtype of the queries, lse (..., q).
+    """
+    xp = namespace(queries)
+    narrow, computing = queries.dtype, computing_dtype(queries, keys, values)
+    queries, keys, values = (cast(a, computing) for a in (queries, keys, values))
+    scores = scale * (queries @ xp.matrix_transpose(keys))  # (..., q, n)
+    weights, lse = masked_softmax(scores if bias is None else scores + cast(bias, computing), allowed)
+    return Reading(cast(weights @ values, narrow), lse)

@@ -29,10 +29,11 @@ def visible(tokens: Any, n: int, segment: int, reach: int) -> Any:
     A column that is no token sees itself, so that no softmax is empty; what it computes is discarded.
     """
     xp = namespace(tokens)
-    query, key = tokens[:, -n:, None], tokens[:, None, :]
+    held = tokens.shape[1] - n
+    query, key = tokens[:, held:, None], tokens[:, None, :]
     oldest = query // segment * segment - reach
-    columns = xp.arange(tokens.shape[1], device=tokens.device)
-    itself = columns[-n:, None] == columns
+    columns = xp.arange(held + n, device=tokens.device)
+    itself = columns[held:, None] == columns
     return ((key >= 0) & (key <= query) & (key >= oldest)) | itself
 
 
