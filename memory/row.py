@@ -77,7 +77,7 @@ class Row:
         self.written += n
 
     def search(self, queries: np.ndarray, k: int, space: str) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions in the row's whole history, (heads, q, k), of the k best of `queries` (heads, q, dim)."""
+        """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""
         scores, ages = retrieve(queries, self.keys[:, : self.stored], k, space, None, self.start)
         return scores, np.where(ages >= 0, ages + self.oldest, -1)
 
