@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Self
@@ -230,6 +231,20 @@ class KNNMemory:
         """
         for row in self._chosen(rows):
             self._rows[row] = self._empty()
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """A memory of its own with copies of `rows`, in this order; a row may come more than once (beam search).
+
+        Raises
+        ------
+        ArgumentError
+            A row out of range, or none at all.
+        """
+        chosen = [self._chosen([row])[0] for row in rows]
+        checks.count("rows", len(chosen))
+        made = copy.copy(self)
+        made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
+        return made
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
