@@ -276,6 +276,10 @@ class KNNMemory:
                 setattr(row, name, required(arrays, f"rows.{i}.{name}", shape, empty.dtype))
         return memory
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
+        return type(self).from_state_dict, (self.state_dict(),)
+
     def _chosen(self, rows: Sequence[int] | None) -> list[int]:
         if rows is None:
             return list(range(self.rows))
