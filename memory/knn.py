@@ -63,8 +63,8 @@ class KNNMemory:
     >>> memory.tokens
     array([100])
     >>> reading = memory.read(keys[:, :, -1:], k=4)
-    >>> reading.neighbours.positions.max() < 250
-    True
+    >>> reading.neighbours.positions[0, 0, 0, 0] >= 150  # the oldest 150 have left
+    np.True_
     """
 
     def __init__(
