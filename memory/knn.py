@@ -256,7 +256,7 @@ class KNNMemory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
 
         Raises
         ------
