@@ -66,8 +66,8 @@ class KNNMemory:
     >>> memory.tokens
     array([100])
     >>> reading = memory.read(keys[:, :, -1:], k=4)
-    >>> reading.neighbours.positions.max() < 250
-    True
+    >>> reading.neighbours.positions[0, 0, 0, 0] >= 150  # the oldest 150 have left
+    np.True_
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class KNNMemory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
 
         Raises
         ------
