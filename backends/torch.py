@@ -50,9 +50,7 @@ def retrieve(*args: Any) -> Any:
     return _through_numba("retrieve", args)
 
 
-def attention(
-    queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int
-) -> Any:
+def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int) -> Any:
     if positions is None:
         return _fused(queries, keys, values, scale, mask)
     return _through_numba("attention", (queries, keys, values, positions, scale, mask, start))

@@ -106,7 +106,9 @@ def attach(
         for i in chosen:
             heads = model.config.num_attention_heads
             like = next(attentions[i].parameters())
-            attentions[i].register_parameter(GATE, nn.Parameter(torch.zeros(heads, dtype=like.dtype, device=like.device)))
+            attentions[i].register_parameter(
+                GATE, nn.Parameter(torch.zeros(heads, dtype=like.dtype, device=like.device))
+            )
     memory.restore = (base, [attentions[i] for i in chosen], hook(model.base_model, attentions, memory))
     setattr(model, ATTACHED, memory)
     model.set_attn_implementation(implementation(base))

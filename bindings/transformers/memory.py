@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...backends.errors import ArgumentError, ShapeError
-from .document import read_in_windows, token_ids
+from .document import Progress, read_in_windows, token_ids
 from .layer import LayerMemory
 from .trace import Trace
 
@@ -76,15 +76,15 @@ class ModelMemory:
         if rows is not None and self._next is not None:
             self._next[list(rows)] = 0
 
-    def read_document(self, text_or_ids: Any, progress: bool = True, score: bool = False) -> Any:
+    def read_document(self, text_or_ids: Any, progress: Progress = True, score: bool = False) -> Any:
         """Read a document of any length, window by window, remembering all that `capacity` allows.
 
         Parameters
         ----------
         text_or_ids : str, or integers (n,) or (rows, n)
             Text needs the tokenizer given to `attach`.
-        progress : bool
-            Show a progress bar.
+        progress : bool or callable
+            Show a progress bar on the terminal; or a function to call with the number of tokens of each window.
         score : bool
             Also score every token by what came before it.
 
