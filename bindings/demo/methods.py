@@ -53,23 +53,31 @@ def without_memory(model: Any, ids: torch.Tensor, window: int, advance: Advance)
     return _timed("no memory", lambda: (read_in_windows(ids, window, forward, advance, True), 0))
 
 
-def with_cache(model: Any, ids: torch.Tensor, window: int, advance: Advance, keep: int | None = None) -> Result:
-    """Attention to all previous tokens, or to the last `keep` before the window, in every layer."""
+def with_cache(
+    model: Any, ids: torch.Tensor, window: int, advance: Advance, keep: int | None = None, sinks: int = 0
+) -> Result:
+    """Attention to all previous tokens, or to the last `keep` before the window and the first `sinks`, in every layer.
+
+    `keep` alone is the recurrence of Transformer-XL, `keep` with `sinks` that of StreamingLLM (arXiv 2309.17453).
+    """
     cache = DynamicCache(config=model.config)
 
     def forward(part: torch.Tensor, start: int) -> torch.Tensor:
         positions = torch.arange(start, start + part.shape[1])[None]
         logits = model(input_ids=part, past_key_values=cache, use_cache=True, position_ids=positions).logits
-        if keep is not None:
+        if keep is not None and start + part.shape[1] > keep + sinks:
             for layer in cache.layers:
-                layer.keys, layer.values = (a[:, :, -keep:].clone() for a in (layer.keys, layer.values))
+                layer.keys, layer.values = (
+                    torch.cat([a[:, :, :sinks], a[:, :, -keep:]], dim=2) for a in (layer.keys, layer.values)
+                )
         return logits
 
     def read() -> tuple[torch.Tensor, int]:
         losses = read_in_windows(ids, window, forward, advance, True)
         return losses, sum(a.nbytes for layer in cache.layers for a in (layer.keys, layer.values))
 
-    return _timed("full attention" if keep is None else f"previous {keep} tokens", read)
+    some = f"previous {keep} tokens" + (f" + first {sinks}" if sinks else "")
+    return _timed("full attention" if keep is None else some, read)
 
 
 def with_memory(

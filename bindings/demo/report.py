@@ -31,7 +31,7 @@ def remembered(results: list[Result], ids: torch.Tensor, tokenizer: Any, window:
     """The tokens that memory helped most, each with the memory that its prediction drew on most."""
     with_trace = next(r for r in results if r.trace is not None)
     baselines = torch.stack([r.losses for r in results if r.trace is None and r.name != "full attention"])
-    gain = baselines[:2].amin(dim=0) - with_trace.losses
+    gain = baselines.amin(dim=0) - with_trace.losses
     lines = ["what it remembered: tokens that memory predicted far better than the text at hand could"]
     chosen: list[int] = []
     for token in gain.nan_to_num(-np.inf).argsort(descending=True).tolist():
