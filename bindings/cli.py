@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from perdure import __version__
-
 from ..backends.errors import PerdureError
 from . import demo, info
 
@@ -24,16 +22,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(WRONG, f"{self.prog}: {message}. Try {self.prog} --help.\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, version: str = "") -> int:
     """Run one command; the exit code is 0, 2 where the input was wrong, or 130 where the user interrupted.
 
     Parameters
     ----------
     argv : sequence of str, optional
         The arguments after the program's name; those of the process by default.
+    version : str
+        perdure's, for --version and info.
     """
     parser = Parser(prog="perdure", description="Long-term memory for any model.")
-    parser.add_argument("--version", action="version", version=f"perdure {__version__}")
+    parser.add_argument("--version", action="version", version=f"perdure {version}")
+    parser.set_defaults(version=version)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
     for command in COMMANDS:
         command.add_parser(subparsers)

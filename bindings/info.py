@@ -8,8 +8,6 @@ import os
 import platform
 from typing import Any
 
-from perdure import __version__
-
 from ..backends import available_backends
 from ..backends.registry import VARIABLE, current_backend
 
@@ -25,10 +23,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what is installed, which backends are usable, and what the processor can do."""
-    print(f"perdure {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"perdure {arguments.version}, Python {platform.python_version()}, {platform.platform()}")
     print("\npackages")
     for package in PACKAGES:
-        print(f"  {package:14}{version(package)}")
+        print(f"  {package:14}{installed(package)}")
     print(f"\nbackends (now: {current_backend()}, set by {VARIABLE})")
     for line in repr(available_backends()).splitlines():
         print(f"  {line}")
@@ -37,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"  threads: {threads()}")
 
 
-def version(package: str) -> str:
+def installed(package: str) -> str:
     """Installed version of a distribution."""
     try:
         return importlib.metadata.version(package)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..core.attention import attention
-from ..core.retrieval import retrieve
+from .indexes.protocol import Index
 
 SMALLEST = 64  # slots of the first allocation
 
@@ -19,8 +19,8 @@ class Row:
     The token at position p of the document's whole history stands in slot p % capacity.
     """
 
-    def __init__(self, heads: int, dim: int, value_dim: int, capacity: int, dtype: np.dtype):
-        self.capacity = capacity
+    def __init__(self, heads: int, dim: int, value_dim: int, capacity: int, dtype: np.dtype, index: Index):
+        self.capacity, self.index = capacity, index
         self.written = 0  # tokens in the row's whole history
         self.keys = np.empty((heads, 0, dim), dtype)
         self.values = np.empty((heads, 0, value_dim), dtype)
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays().values())
+        return sum(a.nbytes for a in self.arrays().values()) + self.index.nbytes
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name, as they are allocated."""
@@ -76,10 +76,9 @@ class Row:
             self.tags[:, slots] = -1 if tags is None else tags[n - kept :]
         self.written += n
 
-    def search(self, queries: np.ndarray, k: int, space: str) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions in the row's whole history, (heads, q, k), of the k best of `queries` (heads, q, dim)."""
-        scores, ages = retrieve(queries, self.keys[:, : self.stored], k, space, None, self.start)
-        return scores, np.where(ages >= 0, ages + self.oldest, -1)
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""
+        return self.index.search(self, queries, k)
 
     def attend(self, queries: np.ndarray, positions: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""
@@ -94,17 +93,20 @@ class Row:
         """Tags at `positions` (heads, q, k), -1 where the position is -1; None where no tags are kept."""
         if self.tags is None or self.stored == 0:
             return None if self.tags is None else np.full(positions.shape, -1, np.int64)
-        return np.where(positions >= 0, self.tags[0, positions % self.capacity], -1)
+        return np.where(positions >= 0, self.tags[0, self.slots(positions)], -1)
+
+    def slots(self, positions: np.ndarray) -> np.ndarray:
+        """Where the tokens at `positions` stand; slot 0 for the position -1 of no token."""
+        return np.where(positions >= 0, positions % self.capacity, 0)
 
     def gather(self, positions: np.ndarray) -> dict[str, np.ndarray | None]:
         """Keys, values and tags at `positions` (heads, q, k); zeros, and tag -1, where the position is -1."""
         heads = np.arange(positions.shape[0])[:, None, None]
-        found = positions >= 0
-        slots = np.where(found, positions % self.capacity, 0)
+        slots, found = self.slots(positions), (positions >= 0)[..., None]
         taken = {"tags": self.tags_at(positions)}
         for name, array in (("keys", self.keys), ("values", self.values)):
             entries = np.zeros((*positions.shape, array.shape[2]), array.dtype)
             if self.stored:
-                np.multiply(array[heads, slots], found[..., None], out=entries)
+                np.multiply(array[heads, slots], found, out=entries)
             taken[name] = entries
         return taken
