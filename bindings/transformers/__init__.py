@@ -14,8 +14,8 @@ from ...backends.arrays import optional_import
 for _package in ("torch", "transformers"):
     optional_import(_package, extra="transformers")
 
-from .attach import attach, detach
-from .memory import ModelMemory
-from .trace import Trace
+from .attach import attach, detach  # noqa: E402
+from .memory import ModelMemory  # noqa: E402
+from .trace import Trace  # noqa: E402
 
 __all__ = ["ModelMemory", "Trace", "attach", "detach"]

@@ -18,6 +18,7 @@ from .positions import find_rotary
 from .seam import BASES, GATE, hook, implementation
 
 ATTACHED = "perdure_memory"  # the attribute of an attached model that holds its memory
+SINKS = 4
 MIXINGS, POSITIONS = ("joint", "gate"), ("true", "constant")
 
 
@@ -32,6 +33,7 @@ def attach(
     positions: str = "true",
     distance: int | None = None,
     window: int = 512,
+    sinks: int = SINKS,
     index: str = "exact",
 ) -> ModelMemory:
     """Give a Hugging Face decoder a long-term memory; its weights stay as they are.
@@ -58,6 +60,9 @@ def attach(
         For "constant"; `window` by default.
     window : int
         Tokens that `read_document` gives the model at once.
+    sinks : int
+        How many of a document's first tokens are kept for good, beside `capacity`, and read by every query. Models park
+        the attention they have no use for on them, and read badly once they are gone (Xiao et al., arXiv 2309.17453).
     index : {"exact"}
         How memories are found; see `KNNMemory`.
 
@@ -89,6 +94,7 @@ def attach(
     settings = {"capacity": checks.count("capacity", capacity), "index": checks.choice("index", index, INDEXES)}
     checks.count("k", k)
     checks.count("window", window)
+    checks.count("sinks", sinks, least=0)
     checks.choice("mixing", mixing, MIXINGS)
     checks.choice("positions", positions, POSITIONS)
     reach = None if positions == "true" else window if distance is None else checks.count("distance", distance)
@@ -97,7 +103,7 @@ def attach(
     memory = ModelMemory(
         model,
         tokenizer,
-        {i: LayerMemory(i, rotaries[i], reach, k, settings) for i in chosen},
+        {i: LayerMemory(i, rotaries[i], reach, k, sinks, settings) for i in chosen},
         window=window,
         shifting=positions == "true",
         limit=learned,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ...backends.errors import ArgumentError, ShapeError
+
+Progress = bool | Callable[[int], Any]  # show a bar or not; or what to call with the tokens of each window
 
 
 def token_ids(text_or_ids: Any, tokenizer: Any) -> torch.Tensor:
@@ -34,19 +37,26 @@ def token_ids(text_or_ids: Any, tokenizer: Any) -> torch.Tensor:
     return ids.to(torch.int64)
 
 
-def windows(n: int, window: int, progress: bool) -> Iterator[slice]:
-    """Consecutive slices of at most `window` tokens, under a progress bar."""
+@contextlib.contextmanager
+def advancing(n: int, progress: Progress) -> Iterator[Callable[[int], Any]]:
+    """What to call with the number of tokens of each window; shows a bar of n tokens where `progress` is True."""
+    if callable(progress):
+        yield progress
+        return
     from tqdm.auto import tqdm
 
-    with tqdm(total=n, unit="tok", desc="reading", disable=not progress, leave=False) as bar:
-        for start in range(0, n, window):
-            yield slice(start, min(start + window, n))
-            bar.update(min(window, n - start))
+    hidden = None if progress else True  # None: hidden where there is no terminal
+    with tqdm(total=n, unit=" tokens", desc="reading", disable=hidden, leave=False) as bar:
+        yield bar.update
 
 
 @torch.inference_mode()
 def read_in_windows(
-    ids: torch.Tensor, window: int, forward: Callable[[torch.Tensor, int], torch.Tensor], progress: bool, score: bool
+    ids: torch.Tensor,
+    window: int,
+    forward: Callable[[torch.Tensor, int], torch.Tensor],
+    progress: Progress,
+    score: bool,
 ) -> torch.Tensor | None:
     """Give `ids` (rows, n) to a model one window after another; with `score`, the loss of every token (rows, n).
 
@@ -54,15 +64,16 @@ def read_in_windows(
     The last logits of one window score the first token of the next; nothing scores the very first, which is NaN.
     """
     losses, last = [torch.full((ids.shape[0], 1), torch.nan)], None
-    for where in windows(ids.shape[1], window, progress):
-        part = ids[:, where]
-        logits = forward(part, where.start)
-        if not score:
-            continue
-        if last is not None:
-            losses.append(token_losses(last, part[:, :1]))
-        losses.append(token_losses(logits[:, :-1], part[:, 1:]))
-        last = logits[:, -1:].clone()  # a view would keep all logits alive
+    with advancing(ids.shape[1], progress) as advance:
+        for start in range(0, ids.shape[1], window):
+            part = ids[:, start : start + window]
+            logits = forward(part, start)
+            if score:
+                if last is not None:
+                    losses.append(token_losses(last, part[:, :1]))
+                losses.append(token_losses(logits[:, :-1], part[:, 1:]))
+                last = logits[:, -1:].clone()  # a view would keep all logits alive
+            advance(part.shape[1])
     return torch.cat([loss.cpu() for loss in losses], dim=1) if score else None
 
 

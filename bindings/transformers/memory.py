@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from ...backends.errors import ArgumentError, ShapeError
-from .document import read_in_windows, token_ids
+from .document import Progress, read_in_windows, token_ids
 from .layer import LayerMemory
 from .trace import Trace
 
@@ -41,21 +43,23 @@ class ModelMemory:
     ):
         self.model, self.tokenizer, self.layers, self.window = model, tokenizer, layers, window
         self.trace: Trace | None = None
+        self.restore: Any = None  # what detach needs
         self.staging = False
         self._shifting, self._limit, self._frozen = shifting, limit, False
         self._next: torch.Tensor | None = None  # (rows,), where the next token of each row stands
-        self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = None  # next positions and mask, once written
+        self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `_next` once it is written, and its mask
+        self._shifts: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # of the tokens in each cache
 
     @property
     def tokens(self) -> np.ndarray:
         """Tokens each row remembers, int64 (rows,); none before anything is written."""
-        stores = [layer.store for layer in self.layers.values() if layer.store is not None]
-        return stores[0].tokens if stores else np.zeros(0, np.int64)
+        stores = next(iter(self.layers.values())).stores
+        return sum((store.tokens for store in stores), np.zeros(stores[0].rows if stores else 0, np.int64))
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values in all layers."""
-        return sum(layer.store.nbytes for layer in self.layers.values() if layer.store is not None)
+        return sum(store.nbytes for layer in self.layers.values() for store in layer.stores)
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything, or everything of some rows, whose history then starts anew.
@@ -69,22 +73,19 @@ class ModelMemory:
         if rows is None:
             self._next = None
         for layer in self.layers.values():
-            if rows is None:
-                layer.store = None
-            elif layer.store is not None:
-                layer.store.clear(rows)
+            layer.clear(rows)
         if rows is not None and self._next is not None:
             self._next[list(rows)] = 0
 
-    def read_document(self, text_or_ids: Any, progress: bool = True, score: bool = False) -> Any:
+    def read_document(self, text_or_ids: Any, progress: Progress = True, score: bool = False) -> Any:
         """Read a document of any length, window by window, remembering all that `capacity` allows.
 
         Parameters
         ----------
         text_or_ids : str, or integers (n,) or (rows, n)
             Text needs the tokenizer given to `attach`.
-        progress : bool
-            Show a progress bar.
+        progress : bool or callable
+            Show a progress bar on the terminal; or a function to call with the number of tokens of each window.
         score : bool
             Also score every token by what came before it.
 
@@ -128,26 +129,24 @@ class ModelMemory:
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
         """Called before a forward pass with its arguments; returns them with positions that continue the history."""
-        self.end()  # what a checkpointed forward left staged: its backward is over
-        given.setdefault("use_cache", None)
-        cache = given.get("past_key_values")
-        if cache is None and given["use_cache"] is None:
-            given["use_cache"] = False
-        self.staging = cache is None and not given["use_cache"] and not self._frozen
+        self._commit()
+        cache, caching = given.get("past_key_values"), given.get("use_cache")
+        if cache is None and caching and self._next is not None:
+            cache = given["past_key_values"] = DynamicCache(config=self.model.config)
+        given["use_cache"] = caching = cache is not None if caching is None else caching
+        self.staging = cache is None and not caching and not self._frozen
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, n = tokens.shape[:2]
         self._check(rows, cache)
         if self.trace is not None:
             self.trace.begin(n)
-        cached = 0 if cache is None else cache.get_seq_length()
+        mask = present(given.get("attention_mask"), n)
         positions = given.get("position_ids")
         if positions is None:
+            cached = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(cached, cached + n, device=tokens.device)[None]
-        mask = present(given.get("attention_mask"), n)
         if self._shifting and self._next is not None:
-            if not cached:
-                self._shift = self._shift_of(positions, mask)
-            given["position_ids"] = positions = positions + self._shift
+            given["position_ids"] = positions = positions + self._shift(positions, mask, cache)
         if self._limit is not None and int(positions.max()) >= self._limit:
             raise ArgumentError(
                 "positions",
@@ -161,34 +160,43 @@ class ModelMemory:
         return given
 
     def end(self) -> None:
-        """Write what every layer has staged, once all layers have read."""
-        ready = [layer for layer in self.layers.values() if layer.staged is not None]
-        if self._segment is None or len(ready) < len(self.layers):
+        """Called after a forward pass: write the segment, unless its backward pass will read once more.
+
+        Gradient checkpointing computes every layer again in the backward pass, against the memory as it was; the
+        segment is then written when the next forward pass begins.
+        """
+        again = torch.is_grad_enabled() and self.model.training and self.model.is_gradient_checkpointing
+        if not again:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Write what every layer has staged, if the forward pass that staged it came to its end."""
+        complete = all(layer.staged is not None for layer in self.layers.values())
+        if self._segment is None or not complete:
             self._drop_staged()
             return
-        if self._recomputes():
-            return
         (following, mask), self._segment = self._segment, None
-        for layer in ready:
+        for layer in self.layers.values():
             layer.write(mask)
         self._next = following if self._next is None else torch.maximum(self._next, following)
-
-    def _recomputes(self) -> bool:
-        return False
 
     def _drop_staged(self) -> None:
         self._segment = None
         for layer in self.layers.values():
             layer.staged = None
 
-    def _shift_of(self, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _shift(self, positions: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
         """How far each row's positions move so that its first token follows what the row remembers; (rows, 1)."""
-        rows = self._next.shape[0]
-        if mask is None:
-            first = positions[:, :1].expand(rows, 1)
-        else:
-            first = positions.expand(rows, -1).gather(1, mask.int().argmax(dim=1, keepdim=True))
-        return self._next[:, None] - first
+        if cache is not None and cache in self._shifts:
+            return self._shifts[cache]
+        rows = len(self._next)
+        first = torch.zeros(rows, 1, dtype=torch.int64, device=positions.device)
+        if mask is not None:
+            first = mask.int().argmax(dim=1, keepdim=True)
+        shift = self._next[:, None] - positions.expand(rows, -1).gather(1, first)
+        if cache is not None:
+            self._shifts[cache] = shift
+        return shift
 
     def _check(self, rows: int, cache: Any) -> None:
         held = len(self.tokens)

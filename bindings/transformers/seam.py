@@ -74,7 +74,7 @@ def attention(
     seam, layer = perdure_seam, perdure_seam.layer
     if seam.staging:
         layer.stage(key, value, seam.angles)
-    if layer.store is None or not layer.store.tokens.any():
+    if layer.empty:
         return own()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     remembered = layer.read(query, seam.angles, scale)
