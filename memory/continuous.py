@@ -18,7 +18,7 @@ from ..core.density import DENSITIES, expected_value
 from ..core.positions import fraction, resample
 from ..core.report import SignalReport, signal_report, smallest_scheme
 from ..core.signal import Signal, penalty
-from .knn import exactly, token_array
+from .knn import token_array
 from .rows import chosen, detached, taken
 from .state import pack, required, unpack
 from .sticky import bins_drawn, drawn_bins, generator, histogram_of
@@ -221,8 +221,7 @@ class ContinuousMemory:
         """
         listed = chosen(rows, self.rows)
         checks.floating_arrays(x=x)
-        exactly(3, x=x)
-        checks.shape("x", x, len(listed), "n", self.dim)
+        checks.shape("x", x, len(listed), "n", self.dim, whole=True)
         checks.measurable(x=x)
         tokens = (len(listed), int(x.shape[1]))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
