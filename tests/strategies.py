@@ -155,3 +155,6 @@ def args_expected_basis(draw):
 def args_interval_mass(draw):
     edges = np.linspace(0, 1, draw(st.integers(2, 9)))
     return (*draw(looks()), edges, draw(st.sampled_from(DENSITIES)))
+
+
+args_histogram = args_interval_mass
