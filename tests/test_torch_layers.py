@@ -4,13 +4,11 @@ import copy
 import functools
 
 import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch_layers import BUILD, DIM, HEADS, SEGMENT, build, run, tokens
 
-torch = pytest.importorskip("torch")
-
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from torch_layers import BUILD, DIM, HEADS, SEGMENT, build, run, tokens  # noqa: E402
-
-from perdure import ArgumentError, DTypeError, FrameworkError, ShapeError  # noqa: E402
+from perdure import ArgumentError, DTypeError, FrameworkError, ShapeError
 
 every_layer = pytest.mark.parametrize("name", BUILD)
 LONG = 5 * SEGMENT + 2

@@ -200,9 +200,7 @@ class MemorizingAttention(SegmentedAttention):
         else:
             scaled = queries / math.sqrt(self.head_dim)
         begins = torch.zeros_like(memory.position, dtype=torch.bool) if start is None else start
-        recalled = recall(
-            memory.token, queries.detach(), memory.keys, memory.values, memory.position, begins, self.k
-        )
+        recalled = recall(memory.token, queries.detach(), memory.keys, memory.values, memory.position, begins, self.k)
         token, retrieved = recalled[0], recalled[1:]
         with torch.autocast(x.device.type, enabled=False):  # scores and softmax in full precision
             read = self._read(scaled, *retrieved)

@@ -80,6 +80,10 @@ class SegmentedAttention(nn.Module):
         self._check(x, memory, start, mask)
         if memory is None:
             memory = self.memory(x.shape[0])
+        if x.shape[1] == 0:  # a call of no tokens is a call of one column of padding
+            nothing = torch.zeros((x.shape[0], 1), dtype=torch.bool, device=x.device)
+            output, memory = self.forward(x.new_zeros((x.shape[0], 1, self.dim)), memory, start, nothing)
+            return output[:, :0], memory
         outputs, n = [], x.shape[1]
         even = not memory.ragged and mask is None and (start is None or memory.phase == 0)
         if even or memory.phase + n <= self.segment:
