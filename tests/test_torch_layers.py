@@ -277,4 +277,10 @@ def _memorizing():
     return MemorizingAttention(DIM, HEADS, capacity=20, k=3, segment=SEGMENT + 1)
 
 
-MISFIT = {"memorizing": _memorizing}
+def _transformer_xl():
+    from perdure.bindings.torch import TransformerXLAttention
+
+    return TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=9)
+
+
+MISFIT = {"memorizing": _memorizing, "transformer-xl": _transformer_xl}

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...backends.errors import ArgumentError, DTypeError, FrameworkError, ShapeError
 from ...core import checks
-from ...core.window import numbers
+from ...core.segments import numbers
 from .state import State
 
 
@@ -178,3 +178,14 @@ class SegmentedAttention(nn.Module):
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, heads, n, head_dim) -> (rows, n, heads x head_dim)"""
         return x.transpose(1, 2).flatten(2)
+
+
+def even(argument: str, value: int) -> None:
+    """`value` is a multiple of 2, half of it sines and half cosines.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if value % 2:
+        raise ArgumentError(argument, "an even number", str(value), f"Pass {argument}={value + 1}.")
