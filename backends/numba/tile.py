@@ -81,7 +81,7 @@ class Tile:
         self.first_query = builder.mul(args[4], index(self.queries))
         self.keys_at = self.panel_pointers(data(0), args[2])
         self.query_at = self.vectors.at(data(3), builder.mul(self.first_query, self.d))
-        self.scale = self.key_scales(data(1), args[2]) if self.stored == types.int8 else None
+        self.scale: Any = self.key_scales(data(1), args[2]) if self.stored == types.int8 else None
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Every (panel, register of its lanes)."""
@@ -213,13 +213,13 @@ def widened(raw: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def fused(a: Any, b: Any, c: Any) -> Any:
-    """a·b + c of float32 numbers, rounded once; of float64 numbers, twice.
+    """a·b + c of float32 numbers, rounded once where the CPU does so; of float64 numbers, twice.
 
     The product is exact in float64. Their sum is rounded to odd, which keeps it on its side of every tie of float32
     (Boldo & Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
     """
     c = np.asarray(c)
-    if c.dtype == np.float64:
+    if c.dtype == np.float64 or not machine.fuses():
         return a * b + c
     product, addend = np.multiply(a, b, dtype=np.float64), c.astype(np.float64)
     total = np.asarray(product + addend)

@@ -47,7 +47,7 @@ class ModelMemory:
         self.staging = False
         self._shifting, self._limit, self._frozen = shifting, limit, False
         self._next: torch.Tensor | None = None  # (rows,), where the next token of each row stands
-        self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `_next` once it is written, and its mask
+        self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `_next` after it, and its mask
         self._shifts: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # of the tokens in each cache
 
     @property
@@ -165,8 +165,8 @@ class ModelMemory:
         Gradient checkpointing computes every layer again in the backward pass, against the memory as it was; the
         segment is then written when the next forward pass begins.
         """
-        again = torch.is_grad_enabled() and self.model.training and self.model.is_gradient_checkpointing
-        if not again:
+        again = torch.is_grad_enabled() and self.model.training
+        if not again or not any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
             self._commit()
 
     def _commit(self) -> None:
