@@ -149,7 +149,7 @@ class ContinuousMemory:
         most : int
             Largest N tried.
         **settings
-            Passed on to the constructor.
+            `settings` are passed on to the constructor.
 
         Returns
         -------
@@ -312,7 +312,7 @@ class ContinuousMemory:
         return Reading(xp.reshape(output, (*shape, self.dim)), lse)
 
     def report(self, segment: int | None = None, features: int | None = None) -> SignalReport:
-        """What this memory can hold when it is written in segments of `segment` tokens; see Signal.report.
+        """What this memory can hold, segments of `segment` tokens with `features` each; see Signal.report.
 
         Raises
         ------
