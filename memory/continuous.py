@@ -350,7 +350,7 @@ class ContinuousMemory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+        """The memory that `state` describes; its behaviour is bit-identical from here on.
 
         Raises
         ------
