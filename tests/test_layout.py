@@ -44,6 +44,8 @@ PUBLIC = [
     "fit",
     "gate",
     "gaussian_basis",
+    "gibbs_mass",
+    "gibbs_value",
     "merge",
     "rectangular_basis",
     "top_k",
