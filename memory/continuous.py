@@ -148,7 +148,7 @@ class ContinuousMemory:
         most : int
             Largest N tried.
         **settings
-            Passed on to the constructor.
+            `settings` are passed on to the constructor.
 
         Returns
         -------
@@ -311,7 +311,7 @@ class ContinuousMemory:
         return Reading(xp.reshape(output, (*shape, self.dim)), lse)
 
     def report(self, segment: int | None = None, features: int | None = None) -> SignalReport:
-        """What this memory can hold when it is written in segments of `segment` tokens; see Signal.report.
+        """What this memory can hold, segments of `segment` tokens with `features` each; see Signal.report.
 
         Raises
         ------
@@ -349,7 +349,7 @@ class ContinuousMemory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+        """The memory that `state` describes; its behaviour is bit-identical from here on.
 
         Raises
         ------
