@@ -4,6 +4,7 @@ unless PyTorch itself was asked for with PERDURE_BACKEND or perdure.backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,20 @@ def to_numpy(tensor: Any) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
+def _plain(tensors: Sequence[Any]) -> bool:
+    """Whether all lie in main memory and none needs a gradient, outside of compilation."""
+    import torch
+
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not tracked and not torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors)
+
+
 def _through_numba(name: str, args: tuple[Any, ...]) -> Any:
     """The Numba twin on the tensors' own memory, or NotImplemented where a gradient or another device is at stake."""
     import torch
 
     tensors = [a for a in args if framework(a) == "torch"]
-    needs_torch = any(t.device.type != "cpu" or (torch.is_grad_enabled() and t.requires_grad) for t in tensors)
-    if needs_torch or torch.compiler.is_compiling() or current_backend() == "torch":
+    if not _plain(tensors) or current_backend() == "torch":
         return NotImplemented
     from . import numba
 
@@ -60,6 +68,10 @@ def expected_basis(*args: Any) -> Any:
     return _through_numba("expected_basis", args)
 
 
+def histogram(*args: Any) -> Any:
+    return _through_numba("histogram", args)
+
+
 def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int) -> Any:
     if positions is None:
         return _fused(queries, keys, values, scale, mask)
@@ -77,8 +89,7 @@ def _fused(queries: Any, keys: Any, values: Any, scale: float, mask: Any) -> Any
     tensors = (queries, keys, values)
     if (
         operator is None
-        or torch.compiler.is_compiling()
-        or any(t.device.type != "cpu" or (torch.is_grad_enabled() and t.requires_grad) for t in tensors)
+        or not _plain(tensors)
         or keys.shape[-1] != values.shape[-1]
         or 0 in (*queries.shape, *keys.shape)
     ):

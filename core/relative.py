@@ -61,6 +61,18 @@ def relative_scores(queries: Any, embeddings: Any, distances: Any) -> Any:
     return xp.take_along_axis(every, xp.broadcast_to(index, shape), axis=-1)
 
 
+def shifted_scores(queries: Any, embeddings: Any) -> Any:
+    """relative_scores of the last q of D successive tokens: (rows, heads, q, d), (heads, D, d) -> (rows, heads, q, D).
+
+    Every row of scores by distance is shifted into place by one reshape, as in Transformer-XL (appendix B).
+    """
+    xp = namespace(queries)
+    scores = queries @ xp.matrix_transpose(xp.flip(embeddings, axis=-2))  # the furthest first
+    *lead, q, D = scores.shape
+    padded = xp.concat([xp.zeros((*lead, q, 1), dtype=scores.dtype, device=scores.device), scores], axis=-1)
+    return xp.reshape(xp.reshape(padded, (*lead, D + 1, q))[..., 1:, :], (*lead, q, D))
+
+
 def buckets(distances: Any, count: int = 32, furthest: int = 128) -> Any:
     """T5's causal buckets of int distances: exact up to count/2, logarithmic up to `furthest`, one beyond.
 

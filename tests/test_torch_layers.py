@@ -4,13 +4,11 @@ import copy
 import functools
 
 import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch_layers import BUILD, DIM, HEADS, SEGMENT, build, run, tokens
 
-torch = pytest.importorskip("torch")
-
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from torch_layers import BUILD, DIM, HEADS, SEGMENT, build, run, tokens  # noqa: E402
-
-from perdure import ArgumentError, DTypeError, FrameworkError, ShapeError  # noqa: E402
+from perdure import ArgumentError, DTypeError, FrameworkError, ShapeError
 
 every_layer = pytest.mark.parametrize("name", BUILD)
 LONG = 5 * SEGMENT + 2
@@ -279,4 +277,10 @@ def _memorizing():
     return MemorizingAttention(DIM, HEADS, capacity=20, k=3, segment=SEGMENT + 1)
 
 
-MISFIT = {"memorizing": _memorizing}
+def _transformer_xl():
+    from perdure.bindings.torch import TransformerXLAttention
+
+    return TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=9)
+
+
+MISFIT = {"memorizing": _memorizing, "transformer-xl": _transformer_xl}

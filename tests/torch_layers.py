@@ -1,7 +1,7 @@
 """The layers under test, small, in float64, and what the tests do with them."""
 
 import torch
-from perdure.bindings.torch import MemorizingAttention
+from perdure.bindings.torch import MemorizingAttention, TransformerXLAttention
 
 DIM, HEADS, SEGMENT = 12, 2, 6
 
@@ -16,6 +16,7 @@ BUILD = {
     "memorizing, zeros": lambda: MemorizingAttention(
         DIM, HEADS, capacity=20, k=3, segment=SEGMENT, nothing="zeros", bias=True, dtype="float64"
     ),
+    "transformer-xl": lambda: TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=8),
 }
 
 

@@ -5,8 +5,8 @@ what an exact index keeps beside its keys, where the backend that computes has o
 """
 
 from .attention import attention
-from .basis import expected_basis, gaussians
+from .basis import expected_basis, gaussians, histogram
 from .retrieval import retrieve
 from .ring import Panels
 
-__all__ = ["Panels", "attention", "expected_basis", "gaussians", "retrieve"]
+__all__ = ["Panels", "attention", "expected_basis", "gaussians", "histogram", "retrieve"]

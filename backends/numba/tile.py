@@ -213,13 +213,13 @@ def widened(raw: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def fused(a: Any, b: Any, c: Any) -> Any:
-    """a·b + c of float32 numbers, rounded once; of float64 numbers, twice.
+    """a·b + c of float32 numbers, rounded once where the CPU does so; of float64 numbers, twice.
 
     The product is exact in float64. Their sum is rounded to odd, which keeps it on its side of every tie of float32
     (Boldo & Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
     """
     c = np.asarray(c)
-    if c.dtype == np.float64:
+    if c.dtype == np.float64 or not machine.fuses():
         return a * b + c
     product, addend = np.multiply(a, b, dtype=np.float64), c.astype(np.float64)
     total = np.asarray(product + addend)

@@ -10,6 +10,8 @@ optional_import("torch", extra="torch")
 optional_import("array_api_compat.torch", extra="torch")  # now, because torch.compile traces no import later
 
 from .memorizing import KNNState, MemorizingAttention  # noqa: E402
-from .segments import State  # noqa: E402
+from .state import State  # noqa: E402
+from .transformer import MemoryTransformer  # noqa: E402
+from .transformer_xl import RecurrentState, TransformerXLAttention  # noqa: E402
 
-__all__ = ["KNNState", "MemorizingAttention", "State"]
+__all__ = ["KNNState", "MemorizingAttention", "MemoryTransformer", "RecurrentState", "State", "TransformerXLAttention"]

@@ -14,11 +14,11 @@ from torch import nn
 from ...core import checks
 from ...core.attention import Reading, attention, gate, merge
 from ...core.relative import biased_attention, buckets, rotate
-from ...core.window import numbers, slide, visible
+from ...core.segments import numbers, slide, visible
 from ...memory.knn import KNNMemory
 from .local import local_attention
 from .ops import Ledger, recall
-from .segments import SegmentedAttention
+from .segments import SegmentedAttention, even
 from .state import State
 
 COMBINE = ("gate", "joint")
@@ -163,6 +163,8 @@ class MemorizingAttention(SegmentedAttention):
         self.capacity, self.k = checks.count("capacity", capacity), checks.count("k", k)
         self.combine, self.positions = checks.choice("combine", combine, COMBINE), positions
         checks.choice("positions", positions, POSITIONS)
+        if positions == "rope":
+            even("head_dim", self.head_dim)
         self.nothing, self.index, self.dtype = checks.choice("nothing", nothing, NOTHING), index, dtype
         self.overlap, self.normalize = overlap, normalize
         inner = self.heads * self.head_dim

@@ -1,8 +1,8 @@
 """KNNMemory behind an operator that PyTorch can trace, compile, checkpoint and differentiate around.
 
 A token (two numbers) names a state of a memory: which memory, and how many steps it has taken. `recall` is a function
-of its arguments: given a token and the window that goes with it, it brings the memory to that state and searches it,
-and asked again it answers again without writing again, which is how a recomputed forward pass (gradient checkpointing)
+of its arguments: given a token and the window that goes with it, it brings the memory to that state and searches it.
+Asked again it answers again without writing again, which is how a recomputed forward pass (gradient checkpointing)
 leaves memory alone. A token whose past has been overwritten is refused.
 """
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...backends.errors import ArgumentError, DTypeError, FrameworkError, ShapeError
 from ...core import checks
-from ...core.window import numbers
+from ...core.segments import numbers
 from .state import State
 
 
@@ -80,6 +80,10 @@ class SegmentedAttention(nn.Module):
         self._check(x, memory, start, mask)
         if memory is None:
             memory = self.memory(x.shape[0])
+        if x.shape[1] == 0:  # a call of no tokens is a call of one column of padding
+            nothing = torch.zeros((x.shape[0], 1), dtype=torch.bool, device=x.device)
+            output, memory = self.forward(x.new_zeros((x.shape[0], 1, self.dim)), memory, start, nothing)
+            return output[:, :0], memory
         outputs, n = [], x.shape[1]
         even = not memory.ragged and mask is None and (start is None or memory.phase == 0)
         if even or memory.phase + n <= self.segment:
@@ -174,3 +178,14 @@ class SegmentedAttention(nn.Module):
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, heads, n, head_dim) -> (rows, n, heads x head_dim)"""
         return x.transpose(1, 2).flatten(2)
+
+
+def even(argument: str, value: int) -> None:
+    """`value` is a multiple of 2, half of it sines and half cosines.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if value % 2:
+        raise ArgumentError(argument, "an even number", str(value), f"Pass {argument}={value + 1}.")

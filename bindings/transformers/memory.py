@@ -165,8 +165,8 @@ class ModelMemory:
         Gradient checkpointing computes every layer again in the backward pass, against the memory as it was; the
         segment is then written when the next forward pass begins.
         """
-        again = torch.is_grad_enabled() and self.model.training and self.model.is_gradient_checkpointing
-        if not again:
+        again = torch.is_grad_enabled() and self.model.training
+        if not again or not any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
             self._commit()
 
     def _commit(self) -> None:
