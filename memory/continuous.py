@@ -18,7 +18,7 @@ from ..core.density import DENSITIES, expected_value
 from ..core.positions import fraction, resample
 from ..core.report import SignalReport, signal_report, smallest_scheme
 from ..core.signal import Signal, penalty
-from .knn import exactly, token_array
+from .knn import token_array
 from .rows import chosen, detached, taken
 from .state import pack, required, unpack
 from .sticky import bins_drawn, drawn_bins, generator, histogram_of
@@ -149,7 +149,7 @@ class ContinuousMemory:
         most : int
             Largest N tried.
         **settings
-            Passed on to the constructor.
+            `settings` are passed on to the constructor.
 
         Returns
         -------
@@ -221,8 +221,7 @@ class ContinuousMemory:
         """
         listed = chosen(rows, self.rows)
         checks.floating_arrays(x=x)
-        exactly(3, x=x)
-        checks.shape("x", x, len(listed), "n", self.dim)
+        checks.shape("x", x, len(listed), "n", self.dim, whole=True)
         checks.measurable(x=x)
         tokens = (len(listed), int(x.shape[1]))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
@@ -312,7 +311,7 @@ class ContinuousMemory:
         return Reading(xp.reshape(output, (*shape, self.dim)), lse)
 
     def report(self, segment: int | None = None, features: int | None = None) -> SignalReport:
-        """What this memory can hold when it is written in segments of `segment` tokens; see Signal.report.
+        """What this memory can hold, segments of `segment` tokens with `features` each; see Signal.report.
 
         Raises
         ------
@@ -350,7 +349,7 @@ class ContinuousMemory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+        """The memory that `state` describes; its behaviour is bit-identical from here on.
 
         Raises
         ------

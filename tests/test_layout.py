@@ -24,6 +24,7 @@ PUBLIC = [
     "ArgumentError",
     "BackendError",
     "Basis",
+    "ContinuousMemory",
     "DTypeError",
     "FileError",
     "FrameworkError",
