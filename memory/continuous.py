@@ -260,14 +260,13 @@ class ContinuousMemory:
     def _contracted(self, B: Any, x: Any, histogram: np.ndarray | None, draws: np.ndarray | None) -> Any:
         """Coefficients (group, N, dim) after a write of x (group, n, dim) to rows that hold B."""
         contraction = self._contraction(x.shape[1])
-        if histogram is None and draws is None:
-            return updated(self.scheme, B, x, contraction)
-        if not self.compat:
-            return updated(self.scheme, B, x, contraction, resample(histogram, self.scheme.samples, self._rng))
-        if draws is None:
+        if self.compat and draws is None and histogram is not None:
             draws = drawn_bins(histogram, self.scheme.samples, self._rng)
-        counts = original.counts_of_draws(draws)
-        return updated_in_bins(self.scheme, B, x, contraction, original.left_edges(), counts)
+        if draws is not None:
+            counts = original.counts_of_draws(draws)
+            return updated_in_bins(self.scheme, B, x, contraction, original.left_edges(), counts)
+        where = None if histogram is None else resample(histogram, self.scheme.samples, self._rng)
+        return updated(self.scheme, B, x, contraction, where)
 
     def _contraction(self, length: int) -> float:
         return self.contraction ** (1 if self.segment is None else length / self.segment)
