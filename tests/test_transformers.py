@@ -191,7 +191,9 @@ def test_shared_key_heads_equal_repeated_ones(ids):
     shared, repeated = llama(), llama(num_key_value_heads=4)
     repeated.load_state_dict(
         {
-            name: weight.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) if ".k_" in name or ".v_" in name else weight
+            name: weight.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+            if ".k_" in name or ".v_" in name
+            else weight
             for name, weight in shared.state_dict().items()
         }
     )
@@ -229,7 +231,9 @@ ROTARIES = {
     "llama": lambda: llama(),
     "scaled": lambda: llama(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
     "partial": lambda: seeded(
-        lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**LLAMA, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+        lambda: transformers.PhiForCausalLM(
+            transformers.PhiConfig(**LLAMA, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        )
     ),
 }
 
@@ -336,7 +340,9 @@ def test_gradient_checkpointing_changes_nothing(ids):
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):  # what the method to enable it sets, under names that change
             module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+            module._gradient_checkpointing_func = functools.partial(
+                torch.utils.checkpoint.checkpoint, use_reentrant=False
+            )
     gradients = trained(model, ids, steps=3)
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name])
@@ -437,7 +443,9 @@ def test_wrong_arguments_are_named_and_leave_the_model_alone(argument, value):
 
 def test_models_that_memory_cannot_join_are_refused():
     encoder = transformers.BertModel(
-        transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        transformers.BertConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
     )
     with pytest.raises(perdure.ArgumentError, match="a decoder with causal self-attention"):
         attach(encoder)
