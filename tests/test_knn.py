@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
@@ -177,6 +179,17 @@ def test_torch_tensors_come_back_as_torch_tensors(dtype):
     assert reading.lse.dtype == torch.promote_types(keys.dtype, torch.float32)
     assert near.positions.dtype == torch.int64
     assert not reading.output.requires_grad
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda memory: pickle.loads(pickle.dumps(memory))])
+def test_a_copy_is_equal_and_goes_its_own_way(rng, copied):
+    memory = make()
+    memory.write(*segment(rng))
+    other = copied(memory)
+    assert fingerprint(other) == fingerprint(memory)
+    other.write(*segment(rng))
+    assert (memory.written == 5).all()
+    assert (other.written == 10).all()
 
 
 def test_read_is_attend_over_search(rng):

@@ -1,7 +1,6 @@
 """The layers under test, small, in float64, and what the tests do with them."""
 
 import torch
-
 from perdure.bindings.torch import MemorizingAttention
 
 DIM, HEADS, SEGMENT = 12, 2, 6

@@ -44,7 +44,7 @@ def score(panels, scales, panel, grouped, group, bounds, scores, hits, l2):
 @njit(cache=True, nogil=True)
 def below(bit):
     """The word whose bits below `bit` are set."""
-    return np.int64(-1) if bit >= 64 else (np.int64(1) << np.int64(bit)) - np.int64(1)
+    return np.int64(-1) if bit >= 64 else ~(np.int64(-1) << np.int64(bit))
 
 
 @njit(cache=True, nogil=True)

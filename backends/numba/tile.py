@@ -81,7 +81,7 @@ class Tile:
         self.first_query = builder.mul(args[4], index(self.queries))
         self.keys_at = self.panel_pointers(data(0), args[2])
         self.query_at = self.vectors.at(data(3), builder.mul(self.first_query, self.d))
-        self.scale = self.key_scales(data(1), args[2]) if self.stored == types.int8 else None
+        self.scale: Any = self.key_scales(data(1), args[2]) if self.stored == types.int8 else None
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Every (panel, register of its lanes)."""

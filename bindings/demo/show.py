@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ...backends.errors import ArgumentError, FileError
 from ..pretrained import Pretrained
+from ..transformers.attach import SINKS
 from ..transformers.document import token_ids
 from .inputs import Document, Settings
 from .methods import Result, with_cache, with_memory, without_memory
-from ..transformers.attach import SINKS
 from .report import remembered, save_plot, table
 
 
@@ -58,11 +59,16 @@ def show(pretrained: Pretrained, document: Document, settings: Settings) -> list
 
 
 def read_every_way(model: Any, ids: torch.Tensor, settings: Settings) -> list[Result]:
-    """No memory, the previous window (without and with the first tokens), perdure at each size, full attention where the model's context allows."""
+    """No memory; the previous window, without and with the first tokens; perdure at each size; and full attention
+    where the model's context allows it."""
     window, n, context = settings.window, ids.shape[1], model.config.max_position_embeddings
     chosen = settings.layers if settings.layers == "all" else list(settings.layers)
-    common = {"layers": chosen, "k": settings.k, "positions": "true" if n <= context else "constant"}
-    ways = [(without_memory, {}), (with_cache, {"keep": window}), (with_cache, {"keep": window, "sinks": SINKS})]
+    common: dict[str, Any] = {"layers": chosen, "k": settings.k, "positions": "true" if n <= context else "constant"}
+    ways: list[tuple[Callable[..., Result], dict[str, Any]]] = [
+        (without_memory, {}),
+        (with_cache, {"keep": window}),
+        (with_cache, {"keep": window, "sinks": SINKS}),
+    ]
     for size in settings.memory:
         ways.append((with_memory, {"capacity": size, "trace": size == max(settings.memory), **common}))
     if n <= context:

@@ -1,7 +1,7 @@
 """KNNMemory behind an operator that PyTorch can trace, compile, checkpoint and differentiate around.
 
-A token (two numbers) names a state of a memory: which memory, and how many steps it has taken. `recall` is a function of
-its arguments: given a token and the window that goes with it, it brings the memory to that state and searches it, and
+A token (two numbers) names a state of a memory: which memory, and how many steps it has taken. `recall` is a function
+of its arguments: given a token and the window that goes with it, it brings the memory to that state and searches it, and
 asked again it answers again without writing again, which is how a recomputed forward pass (gradient checkpointing)
 leaves memory alone. A token whose past has been overwritten is refused.
 """
@@ -137,7 +137,7 @@ def recall(
 
 
 @recall.register_fake
-def _(token, queries, keys, values, position, start, k):  # type: ignore[no-untyped-def]
+def _(token, queries, keys, values, position, start, k):
     found = queries.new_empty((*queries.shape[:3], k), dtype=torch.bool)
     retrieved = (queries.new_empty((*queries.shape[:3], k, a.shape[-1])) for a in (keys, values))
     return torch.empty_like(token), *retrieved, found

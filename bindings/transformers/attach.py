@@ -175,7 +175,7 @@ def choose(layers: str | int | Sequence[int], known: list[int]) -> list[int]:
     if isinstance(layers, str):
         checks.choice("layers", layers, ("all",))
         return known
-    wanted = [layers] if hasattr(layers, "__index__") else list(layers)
+    wanted: list[Any] = [layers] if hasattr(layers, "__index__") else list(layers)
     total = known[-1] + 1
     numbers = sorted({n.__index__() + total * (n < 0) if hasattr(n, "__index__") else None for n in wanted}, key=str)
     if not numbers or any(n not in known for n in numbers):

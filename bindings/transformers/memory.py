@@ -47,9 +47,7 @@ class ModelMemory:
         self.staging = False
         self._shifting, self._limit, self._frozen = shifting, limit, False
         self._next: torch.Tensor | None = None  # (rows,), where the next token of each row stands
-        self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = (
-            None  # `_next` once it is written, and its mask
-        )
+        self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `_next` after it, and its mask
         self._shifts: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # of the tokens in each cache
 
     @property
