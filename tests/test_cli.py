@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-
-import perdure
-from perdure.__main__ import main
 from perdure.bindings import pretrained
 from perdure.bindings.demo.inputs import Document, Settings, default_file, read_text
 from perdure.bindings.demo.methods import with_cache, with_memory, without_memory
 from perdure.bindings.demo.show import show
+
+import perdure
+from perdure.__main__ import main
 
 
 class Bytes:

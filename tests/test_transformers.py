@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
-import perdure
 from perdure.bindings.transformers import attach, detach
 from perdure.bindings.transformers.positions import find_rotary
+
+import perdure
 
 VOCABULARY, WINDOW = 61, 12
 EXACT = {"rtol": 0, "atol": 1e-5}
