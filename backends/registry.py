@@ -28,6 +28,7 @@ DEFAULT = "numba"
 VARIABLE = "PERDURE_BACKEND"
 
 _modules: dict[str, str | ModuleType] = {name: f"{__package__}.{name}" for name in ("numpy", "numba", "torch", "cupy")}
+_loaded: dict[str, ModuleType] = {}  # a plain dict, so that torch.compile can trace the choice of a backend
 _chosen: ContextVar[str | None] = ContextVar("perdure_backend", default=None)
 
 KERNELS: dict[str, Kernel] = {}
@@ -60,16 +61,15 @@ class Kernel:
             return self.formula(*args)
         name = current_backend() if home == "numpy" else home
         module = load(name)
-        carry_in, carry_out = getattr(module, "from_numpy", None), getattr(module, "to_numpy", None)
-        travels = home == "numpy" and carry_in is not None
+        travels = home == "numpy" and hasattr(module, "from_numpy")
         if travels:
-            args = tuple(carry_in(a) if framework(a) == "numpy" else a for a in args)
+            args = tuple(module.from_numpy(a) if framework(a) == "numpy" else a for a in args)
         twin = getattr(module, self.name, None)
         result = NotImplemented if twin is None else twin(*args)
         if result is NotImplemented:
             result = self.formula(*args)
         if travels:
-            result = tuple(map(carry_out, result)) if isinstance(result, tuple) else carry_out(result)
+            result = tuple(map(module.to_numpy, result)) if isinstance(result, tuple) else module.to_numpy(result)
         return result
 
     @staticmethod
@@ -104,10 +104,9 @@ def register(name: str, module: ModuleType | str) -> None:
     when it computes on arrays of its own.
     """
     _modules[name] = module
-    load.cache_clear()
+    _loaded.pop(name, None)
 
 
-@functools.cache
 def load(name: str) -> ModuleType:
     """The backend module called `name`, probed once.
 
@@ -116,6 +115,8 @@ def load(name: str) -> ModuleType:
     BackendError
         Unknown, or unusable on this machine; MissingPackageError where a package is missing.
     """
+    if name in _loaded:
+        return _loaded[name]
     if name not in _modules:
         raise BackendError(
             "backend",
@@ -125,8 +126,14 @@ def load(name: str) -> ModuleType:
         )
     module = _modules[name]
     if isinstance(module, str):
-        module = importlib.import_module(module)
+        try:
+            module = importlib.import_module(module)
+        except ImportError as error:
+            raise BackendError(
+                name, "a module that can be imported", str(error), f"Repair {module}, or choose another backend."
+            ) from error
     getattr(module, "probe", lambda: None)()
+    _loaded[name] = module
     return module
 
 

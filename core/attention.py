@@ -84,9 +84,7 @@ def attend(
     checks.mask(mask, lead, queries.shape[-2], width)
     if scale is None:
         scale = 1 / math.sqrt(max(queries.shape[-1], 1))
-    if (
-        keys.shape[-2] == 0 or width == 0
-    ):  # nothing to attend to: one forbidden key keeps the graph and the formula whole
+    if keys.shape[-2] == 0 or width == 0:  # nothing to attend to: one forbidden key keeps graph and formula whole
         keys, values = (xp.zeros((1, a.shape[-1]), dtype=a.dtype, device=a.device) for a in (keys, values))
         positions, mask = None, xp.zeros((1, 1), dtype=xp.bool, device=queries.device)
     return Reading(*attention(queries, keys, values, positions, scale, mask, 0))
@@ -130,6 +128,8 @@ def masked_softmax(scores: Any, allowed: Any) -> tuple[Any, Any]:
     made, so none has to be repaired, in the gradients either.
     """
     xp = namespace(scores)
+    if scores.shape[-1] == 0:
+        return scores, xp.sum(scores, axis=-1) - math.inf
     nothing = xp.asarray(0, dtype=scores.dtype, device=scores.device)
     allowed = xp.broadcast_to(allowed, scores.shape)
     scores = xp.where(allowed, scores, nothing)

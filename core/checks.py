@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.arrays import cast, common_framework, computing_dtype, framework, is_floating, namespace
+from ..backends.arrays import (
+    cast,
+    common_framework,
+    computing_dtype,
+    framework,
+    is_floating,
+    known_framework,
+    namespace,
+)
 from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 
 
@@ -25,18 +33,24 @@ def floating_arrays(**arrays: Any) -> None:
             )
 
 
-def shape(argument: str, array: Any, *expected: int | str) -> None:
-    """The last axes of `array` are `expected`: an int must match, a name stands for any size; any leading axes.
+def shape(argument: str, array: Any, *expected: int | str, whole: bool = False) -> None:
+    """The last axes of `array` are `expected`: an int must match, a name stands for any size.
+
+    Any axes may lead, unless `expected` is the `whole` shape.
 
     Raises
     ------
     ShapeError
+    FrameworkError
+        `array` is no array: what may be left out is checked only where it is given.
     """
+    known_framework(argument, array)
     actual = tuple(array.shape)
-    tail = actual[len(actual) - len(expected) :]
-    if len(actual) < len(expected) or any(isinstance(e, int) and e != a for e, a in zip(expected, tail, strict=True)):
-        wanted = ", ".join(str(e) for e in expected)
-        raise ShapeError(argument, f"shape (..., {wanted})", str(actual), "Reshape it, or check which array was meant.")
+    tail = actual[max(len(actual) - len(expected), 0) :]
+    fits = len(actual) == len(expected) if whole else len(actual) >= len(expected)
+    if not fits or any(isinstance(e, int) and e != a for e, a in zip(expected, tail, strict=True)):
+        wanted = ", ".join(str(e) for e in (expected if whole else ("...", *expected)))
+        raise ShapeError(argument, f"shape ({wanted})", str(actual), "Reshape it, or check which array was meant.")
 
 
 def leading(**arrays: tuple[Any, int]) -> tuple[int, ...]:
@@ -151,11 +165,10 @@ def measurable(**vectors: Any) -> None:
             continue
         xp = namespace(array)
         wide = cast(array, computing_dtype(array))
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is about to be told
             squares = 4 * xp.sum(wide * wide, axis=-1)
         if not bool(xp.all(xp.isfinite(squares))):
-            if framework(array) is not None:
-                finite(**{argument: array})
+            finite(**{argument: array})
             raise NonFiniteError(
                 argument,
                 "vectors whose squared norm stays within the dtype's range",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Self
@@ -65,8 +66,8 @@ class KNNMemory:
     >>> memory.tokens
     array([100])
     >>> reading = memory.read(keys[:, :, -1:], k=4)
-    >>> reading.neighbours.positions.max() < 250
-    True
+    >>> reading.neighbours.positions[0, 0, 0, 0] >= 150  # the oldest 150 have left
+    np.True_
     """
 
     def __init__(
@@ -141,9 +142,8 @@ class KNNMemory:
         """
         chosen = self._chosen(rows)
         checks.floating_arrays(keys=keys, values=values)
-        exactly(4, keys=keys, values=values)
-        checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim)
-        checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim)
+        checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
+        checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
         tokens = (len(chosen), keys.shape[2])
         keys, values = (stored_as(a, self.dtype) for a in (to_numpy(keys), to_numpy(values)))
         checks.measurable(keys=keys)
@@ -232,6 +232,20 @@ class KNNMemory:
         for row in self._chosen(rows):
             self._rows[row] = self._empty()
 
+    def select(self, rows: Sequence[int]) -> Self:
+        """A memory of its own with copies of `rows`, in this order; a row may come more than once (beam search).
+
+        Raises
+        ------
+        ArgumentError
+            A row out of range, or none at all.
+        """
+        chosen = [self._chosen([row])[0] for row in rows]
+        checks.count("rows", len(chosen))
+        made = copy.copy(self)
+        made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
+        return made
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
         arrays = {"written": self.written}
@@ -242,7 +256,7 @@ class KNNMemory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
 
         Raises
         ------
@@ -262,6 +276,10 @@ class KNNMemory:
                 setattr(row, name, required(arrays, f"rows.{i}.{name}", shape, empty.dtype))
         return memory
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
+        return type(self).from_state_dict, (self.state_dict(),)
+
     def _chosen(self, rows: Sequence[int] | None) -> list[int]:
         if rows is None:
             return list(range(self.rows))
@@ -273,10 +291,11 @@ class KNNMemory:
     def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> list[tuple[Row, np.ndarray]]:
         """Every chosen row with its queries (heads, group x q, dim), validated."""
         chosen = self._chosen(rows)
+        if not chosen:
+            raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
         checks.count("k", k)
         checks.floating_arrays(queries=queries)
-        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim)
-        exactly(4, queries=queries)
+        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim, whole=True)
         if queries.shape[1] == 0 or queries.shape[1] % self.heads:
             raise ShapeError(
                 "queries",
@@ -291,22 +310,11 @@ class KNNMemory:
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
         """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
-        if parts[0] is None:
+        known = [part for part in parts if part is not None]
+        if not known:
             return None
-        stacked = np.stack(parts)
+        stacked = np.stack([np.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
-
-
-def exactly(axes: int, **arrays: Any) -> None:
-    """Every array has that many axes.
-
-    Raises
-    ------
-    ShapeError
-    """
-    for argument, array in arrays.items():
-        if array.ndim != axes:
-            raise ShapeError(argument, f"{axes} axes", str(tuple(array.shape)), "Add or drop leading axes.")
 
 
 def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
@@ -320,8 +328,7 @@ def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -
     array = to_numpy(given)
     if not np.isdtype(array.dtype, kind):
         raise DTypeError(argument, f"a dtype of kind {kind}", str(array.dtype), f"Cast {argument} first.")
-    checks.shape(argument, array, *tokens)
-    exactly(2, **{argument: array})
+    checks.shape(argument, array, *tokens, whole=True)
     return array
 
 

@@ -8,10 +8,12 @@ memory that results are built in is filled with NaN first.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import array_api_strict
 import numpy as np
 import perdure.core.attention
+import perdure.core.density
 import perdure.core.retrieval
 import pytest
 import strategies
@@ -26,25 +28,43 @@ import perdure
 # rounding of the result's dtype, with room for a sum of a few hundred terms in the computing dtype
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 3e-5, "float64": 1e-10}
 
+
+@dataclass(frozen=True)
+class Run:
+    """Arrays of one framework, computed by one backend."""
+
+    framework: str
+    backend: str  # who computes NumPy's arrays
+    dtypes: tuple[str, ...]
+    autograd: bool = False
+
+
+HALVES, FLOATS = ("float16", "bfloat16"), ("float32", "float64")
 RUNS = {
-    "numpy": ("float16", "float32", "float64"),
-    "numba": ("float16", "float32", "float64"),
-    "torch": ("float16", "bfloat16", "float32", "float64"),
-    "torch-autograd": ("bfloat16", "float32", "float64"),
-    "array-api-strict": ("float32", "float64"),
+    "numpy": Run("numpy", "numpy", ("float16", *FLOATS)),
+    "numba": Run("numpy", "numba", ("float16", *FLOATS)),
+    "torch": Run("torch", "numba", (*HALVES, *FLOATS)),
+    "torch-autograd": Run("torch", "numba", ("bfloat16", *FLOATS), autograd=True),
+    "array-api-strict": Run("array-api", "numpy", FLOATS),
+    # every other backend there is on this machine computes NumPy's arrays, CuPy on a GPU among them
+    **{
+        f"numpy-on-{name}": Run("numpy", name, ("float16", *FLOATS))
+        for name in perdure.available_backends()
+        if name not in ("numpy", "numba")
+    },
 }
 
 
 def convert(array, run, dtype, layout):
     """A float64 NumPy array as the run's framework has it, in a memory layout, and as float64 after that rounding."""
     floating = np.issubdtype(array.dtype, np.floating)
-    if run.startswith("torch"):
+    if run.framework == "torch":
         tensor = torch.from_numpy(array.copy())
         tensor = lay_out_tensor(tensor.to(getattr(torch, dtype)) if floating else tensor, layout)
-        return tensor.requires_grad_(floating and run == "torch-autograd"), as_numpy(tensor).copy()
+        return tensor.requires_grad_(floating and run.autograd), as_numpy(tensor).copy()
     rounded = lay_out(array.astype(dtype) if floating else array, layout)
     exact = rounded.astype(np.float64) if floating else rounded
-    return array_api_strict.asarray(rounded.copy()) if run == "array-api-strict" else rounded, exact
+    return array_api_strict.asarray(rounded.copy()) if run.framework == "array-api" else rounded, exact
 
 
 def lay_out(array, layout):
@@ -127,8 +147,8 @@ def assert_retrieved(results, expected, args, dtype):
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_kernel_agrees_with_its_formula(name, run, data):
-    kernel = KERNELS[name]
-    dtype = data.draw(st.sampled_from(RUNS[run]), label="dtype")
+    kernel, run = KERNELS[name], RUNS[run]
+    dtype = data.draw(st.sampled_from(run.dtypes), label="dtype")
     drawn = data.draw(getattr(strategies, f"args_{name}")(), label="args")
     layout = data.draw(strategies.LAYOUTS, label="layout")
     pairs = [convert(a, run, dtype, layout) if isinstance(a, np.ndarray) else (a, a) for a in drawn]
@@ -137,7 +157,7 @@ def test_kernel_agrees_with_its_formula(name, run, data):
 
     with np.errstate(all="ignore"):
         expected = kernel.formula(*exact)
-    with perdure.backend(run if run in ("numpy", "numba") else "numpy"):
+    with perdure.backend(run.backend):
         kernel(*args)  # compiles, which needs the real np.empty
         with poisoned_memory():
             results = kernel(*args)
@@ -159,7 +179,7 @@ def test_kernel_agrees_with_its_formula(name, run, data):
     else:
         for result, wanted in zip(plain, expected, strict=True):
             assert_close(name, result, wanted, dtype)
-    if run == "torch-autograd":
+    if run.autograd:
         assert_finite_gradients(results, args)
 
 

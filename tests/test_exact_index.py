@@ -104,8 +104,8 @@ def test_the_compiled_tile_of_codes_is_the_plain_one(rng, shape):
     from numba import njit
 
     compiled, plain = code_tile.make_code_tile(*shape), code_tile.plain_code_tile(*shape)
-    run = njit(lambda c, s, e, z, p, a, t, r, l, g, b, low, high, hits: compiled(
-        c, s, e, z, p, a, t, r, l, g, b, low, high, hits
+    run = njit(lambda c, s, e, z, p, a, t, r, m, g, b, low, high, hits: compiled(
+        c, s, e, z, p, a, t, r, m, g, b, low, high, hits
     ))  # fmt: skip
     wide, (many, size), words = tile.lanes(np.float32), shape, 5
     codes = rng.integers(1, 2 * codes_module.OFFSET, (many + 1, words, wide * 4)).astype(np.uint8)

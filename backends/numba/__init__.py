@@ -5,7 +5,8 @@ Each function here is the faster twin of the kernel of the same name in core/, w
 """
 
 from .attention import attention
+from .basis import expected_basis, gaussians, histogram
 from .coded import exact_keys
 from .retrieval import retrieve
 
-__all__ = ["attention", "exact_keys", "retrieve"]
+__all__ = ["attention", "exact_keys", "expected_basis", "gaussians", "histogram", "retrieve"]

@@ -144,7 +144,7 @@ def encoded(queries: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     size = next((size for _, size in (ONE, FEW) if q <= size), MANY[1])
     groups = -(-q // size)
     words = np.zeros((groups, -(-d // PACKED), size * PACKED), np.int8)
-    sums, reach, slip = (np.zeros(groups * size, t) for t in (np.int32, np.float32, np.float32))
+    sums, (reach, slip) = np.zeros(groups * size, np.int32), np.ones((2, groups * size), np.float32)
     bounds = np.full(groups * size, np.inf, np.float32)
     encode_queries(queries, size, words, sums, reach, slip)
     bounds[:q][slip[:q] < np.inf] = -np.inf

@@ -82,7 +82,7 @@ class Tile:
         self.group, shape = args[4], context.make_array(grouped)(context, builder, args[3]).shape
         self.groups, self.d = builder.extract_value(shape, 0), builder.extract_value(shape, 1)
         self.keys_at, self.queries_at = self.panel_pointers(data(0), args[2]), data(3)
-        self.scale = self.key_scales(data(1), args[2]) if self.stored == types.int8 else None
+        self.scale: Any = self.key_scales(data(1), args[2]) if self.stored == types.int8 else None
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Every (panel, register of its lanes)."""

@@ -26,6 +26,11 @@ class ExactIndex:
         self.kept: Any = None
         self.lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy starts empty, and follows the copied row at its first search."""
+        heads, dim = self.shape
+        return type(self), (heads, dim, self.space, self.dtype)
+
     @property
     def nbytes(self) -> int:
         return 0 if self.kept is None else self.kept.nbytes
