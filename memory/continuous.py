@@ -270,7 +270,7 @@ class ContinuousMemory:
     def _contracted(
         self, B: Any, x: Any, histogram: np.ndarray | None, draws: np.ndarray | None
     ) -> tuple[Any, np.ndarray]:
-        """Coefficients (group, N, dim) after a write of x (group, n, dim) to B, and the positions of B that were kept."""
+        """Coefficients (group, N, dim) after a write of x (group, n, dim) to B, and which positions of B were kept."""
         contraction = self._contraction(x.shape[1])
         if self.compat and draws is None and histogram is not None:
             draws = drawn_bins(histogram, self.scheme.samples, self._rng)
