@@ -11,7 +11,7 @@ from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import to_numpy
 from ..core import checks
 from ..core.density import attention_mass, looking
-from .knn import token_array
+from .rows import token_array
 
 
 def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, exact: bool) -> np.ndarray:

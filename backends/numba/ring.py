@@ -40,9 +40,12 @@ class Panels:
         for panels, head in zip(self.heads, keys, strict=True):
             place(head, slot, panels)
 
-    def search(self, queries: np.ndarray, k: int, stored: int, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and ages (heads, q, k) of the k best keys of a ring of `stored`, the oldest in slot `start`."""
-        heads, q, d = queries.shape
+    def settle_down(self, keys: np.ndarray) -> None:
+        """There is nothing to decide."""
+
+    def search(self, keys: np.ndarray, queries: np.ndarray, k: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and ages (heads, q, k) of the k best of keys (heads, stored, d), a ring whose oldest is at `start`."""
+        (heads, q, d), stored = queries.shape, keys.shape[1]
         queries = queries.astype(self.computing, copy=False)
         scores = np.full((heads, q, k), -np.inf, self.computing)
         ages = np.full((heads, q, k), -1, np.int64)
