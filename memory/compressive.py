@@ -14,7 +14,7 @@ from ..backends.exchange import to_numpy
 from ..core import checks
 from ..core.compression import METHODS, checked_weights, compress
 from .recurrent import DTYPES, restore_window, segment, window_arrays
-from .rows import chosen, detached
+from .rows import detached, listed
 from .state import pack, unpack
 from .window import States, Window
 
@@ -109,10 +109,10 @@ class CompressiveMemory:
         ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
             In every case nothing has been written.
         """
-        listed = chosen(rows, self.rows)
-        x, present = segment(x, len(listed), self.dim, mask, self.dtype)
+        chosen = listed(rows, self.rows)
+        x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
         weights = self._weights_beside(x)
-        gone, usage, leaving = self._recent.append(x, present, listed, self.capacity, self.rate)
+        gone, usage, leaving = self._recent.append(x, present, chosen, self.capacity, self.rate)
         blocks = leaving // self.rate
         if not blocks.any():
             return
@@ -121,7 +121,7 @@ class CompressiveMemory:
         else:
             summaries = compress(gone, self.rate, self.method, weights)
         kept = np.arange(summaries.shape[1]) < blocks[:, None]
-        self._older.append(cast(detached(summaries), x.dtype), kept, listed, self.compressed, 1)
+        self._older.append(cast(detached(summaries), x.dtype), kept, chosen, self.compressed, 1)
 
     def _most_used(self, gone: Any, usage: np.ndarray, leaving: np.ndarray) -> Any:
         xp, most = namespace(gone), gone.shape[1] // self.rate
@@ -150,9 +150,9 @@ class CompressiveMemory:
         ------
         ShapeError, DTypeError, FrameworkError, ArgumentError
         """
-        listed = chosen(rows, self.rows)
+        chosen = listed(rows, self.rows)
         checks.floating_arrays(weights=weights)
-        checks.shape("weights", weights, len(listed), "m", whole=True)
+        checks.shape("weights", weights, len(chosen), "m", whole=True)
         mass, m = to_numpy(weights).astype(np.float64), int(weights.shape[1])
         if m > self._recent.width:
             raise ShapeError(
@@ -160,7 +160,7 @@ class CompressiveMemory:
             )
         if not np.isfinite(mass).all() or (mass < 0).any():
             raise ArgumentError("weights", "finite mass of at least 0", "other", "Pass softmax weights.")
-        self._recent.usage[listed, self._recent.width - m :] += mass
+        self._recent.usage[chosen, self._recent.width - m :] += mass
 
     def read(self, like: Any = None, rows: Sequence[int] | None = None) -> States:
         """All states of every row, to attend to before those of the present segment: compressed first, then recent.
@@ -181,8 +181,8 @@ class CompressiveMemory:
         ------
         ArgumentError
         """
-        listed, like = chosen(rows, self.rows), self._recent.states if like is None else like
-        older, recent = self._older.read(like, listed), self._recent.read(like, listed)
+        chosen, like = listed(rows, self.rows), self._recent.states if like is None else like
+        older, recent = self._older.read(like, chosen), self._recent.read(like, chosen)
         xp = namespace(like)
         return States(xp.concat([older.states, recent.states], axis=1), xp.concat([older.mask, recent.mask], axis=1))
 
@@ -194,7 +194,7 @@ class CompressiveMemory:
         ArgumentError
         """
         for window in (self._recent, self._older):
-            window.clear(chosen(rows, self.rows))
+            window.clear(listed(rows, self.rows))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """States, counts and weights as a flat dict of arrays; "config" holds the rest as JSON bytes."""

@@ -11,8 +11,7 @@ from ..backends.arrays import cast, namespace
 from ..backends.errors import ArgumentError
 from ..backends.exchange import to_numpy
 from ..core import checks
-from .knn import token_array
-from .rows import chosen, detached
+from .rows import detached, listed, token_array
 from .state import pack, required, unpack
 from .window import States, Window
 
@@ -84,9 +83,9 @@ class RecurrentMemory:
         ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
             In every case nothing has been written.
         """
-        listed = chosen(rows, self.rows)
-        x, present = segment(x, len(listed), self.dim, mask, self.dtype)
-        self._window.append(x, present, listed, self.capacity, 1)
+        chosen = listed(rows, self.rows)
+        x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
+        self._window.append(x, present, chosen, self.capacity, 1)
 
     def read(self, like: Any = None, rows: Sequence[int] | None = None) -> States:
         """The states of every row, to attend to before those of the present segment.
@@ -107,7 +106,7 @@ class RecurrentMemory:
         ------
         ArgumentError
         """
-        return self._window.read(self._window.states if like is None else like, chosen(rows, self.rows))
+        return self._window.read(self._window.states if like is None else like, listed(rows, self.rows))
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows`, or in all of them.
@@ -116,7 +115,7 @@ class RecurrentMemory:
         ------
         ArgumentError
         """
-        self._window.clear(chosen(rows, self.rows))
+        self._window.clear(listed(rows, self.rows))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The states and their counts as a flat dict of arrays; "config" holds the constructor's arguments."""
