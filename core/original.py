@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from .basis import Basis
+
 BINS = 128
-FLOOR = 1e-4  # of the variance, in language modelling
 
 
 def first_positions(length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +37,8 @@ def update_positions(contraction: float, samples: int, length: int) -> tuple[np.
     old = np.float32(contraction) * np.arange(1, samples + 1, dtype=np.float32) / np.float32(samples)
     shift = 1 / (2 * length + samples)
     around = np.linspace(-0.5 + shift, 1.5 - shift, 2 * (length + samples)).astype(np.float32)
-    return tuple(a.astype(np.float64) for a in (old, new, around[(around < 0) | (around > 1)]))
+    zeros = around[(around < 0) | (around > 1)]
+    return old.astype(np.float64), new.astype(np.float64), zeros.astype(np.float64)
 
 
 def counts_of_draws(draws: np.ndarray) -> np.ndarray:
@@ -54,3 +56,10 @@ def edges() -> np.ndarray:
     made = np.arange(BINS + 1) / BINS
     made[0], made[-1] = -1e-6, 1 + 1e-6
     return made
+
+
+def half_open(positions: np.ndarray, basis: Basis) -> np.ndarray:
+    """`positions`, but for a 1 on a rectangular basis: there the last bin leaves its right edge to no bin at all."""
+    if basis.kind != "rectangular":
+        return positions
+    return np.where(positions >= 1, np.nextafter(1, 2), positions)

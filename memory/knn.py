@@ -9,17 +9,18 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import common_framework, computing_dtype
-from ..backends.errors import ArgumentError, DTypeError, ShapeError
+from ..backends.arrays import computing_dtype
+from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
 from .indexes.exact import ExactIndex
 from .row import Row
+from .rows import listed, token_array
 from .state import pack, required, unpack
+from .storage import DTYPES, RAW, computing, decode, encode
 
-DTYPES = ("float32", "float16", "float64")
 INDEXES = ("exact",)
 
 
@@ -38,10 +39,14 @@ class KNNMemory:
         Width of a value; `dim` by default.
     space : {"ip", "cosine", "l2"}
         What "nearest" means; see `top_k`. Attention scores are scale·q·k in every space.
-    dtype : {"float32", "float16", "float64"}
-        What keys and values are stored as. Computed with, queries included, is the same, at least float32.
+    dtype : {"float32", "float16", "bfloat16", "int8", "float64"}
+        What keys and values are stored as; int8 has a scale a vector. Computed with, queries included, is float32, or
+        float64 where that is stored. No originals are kept beside: search is exact for the keys as stored.
     index : {"exact"}
         How the nearest are found.
+    max_norm : float, optional
+        Longer keys are shortened to this norm when written. Under "ip" one key of a large norm can draw most of the
+        attention of every query; this bounds what it can draw.
 
     Raises
     ------
@@ -81,23 +86,24 @@ class KNNMemory:
         space: str = "ip",
         dtype: str = "float32",
         index: str = "exact",
+        max_norm: float | None = None,
     ):
         self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
         self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
         self.value_dim = self.dim if value_dim is None else checks.count("value_dim", value_dim)
         self.space, self.dtype = checks.choice("space", space, SPACES), checks.choice("dtype", dtype, DTYPES)
         self.index = checks.choice("index", index, INDEXES)
+        self.max_norm = None if max_norm is None else checks.positive("max_norm", max_norm)
         self._rows = [self._empty() for _ in range(self.rows)]
 
     def _empty(self) -> Row:
-        dtype = np.dtype(self.dtype)
-        index = ExactIndex(self.heads, self.dim, self.space, dtype)
-        return Row(self.heads, self.dim, self.value_dim, self.capacity, dtype, index)
+        index = ExactIndex(self.heads, self.dim, self.space, np.dtype(RAW[self.dtype]))
+        return Row(self.heads, self.dim, self.value_dim, self.capacity, self.dtype, index)
 
     @property
     def computing(self) -> np.dtype:
         """What scores and readings are computed in: the stored dtype, at least float32."""
-        return np.promote_types(self.dtype, np.float32)
+        return computing(self.dtype)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -140,14 +146,12 @@ class KNNMemory:
         -----
         Cost O(rows heads n (dim + value_dim)). No gradient is kept.
         """
-        chosen = self._chosen(rows)
+        chosen = listed(rows, self.rows)
         checks.floating_arrays(keys=keys, values=values)
         checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
         checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
         tokens = (len(chosen), keys.shape[2])
-        keys, values = (stored_as(a, self.dtype) for a in (to_numpy(keys), to_numpy(values)))
-        checks.measurable(keys=keys)
-        checks.finite(values=values)
+        parts = self._encoded(to_numpy(keys), to_numpy(values))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
         if tags is not None:
             tags = np.full(tokens, tags) if isinstance(tags, int) else tags
@@ -156,7 +160,21 @@ class KNNMemory:
             self._rows[row].reserve(int(present[i].sum()), tags is not None)
         for i, row in enumerate(chosen):
             kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
-            self._rows[row].write(keys[i][:, kept], values[i][:, kept], None if tags is None else tags[i][kept])
+            own = {name: part[i][:, kept] for name, part in parts.items()}
+            self._rows[row].write(own, None if tags is None else tags[i][kept])
+
+    def _encoded(self, keys: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Keys and values as they are stored, checked before, and where the dtype may overflow, after."""
+        keys, values = (cast_silently(a, self.computing) for a in (keys, values))
+        checks.measurable(keys=keys)
+        checks.finite(values=values)
+        if self.max_norm is not None:
+            norms = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
+            keys = keys * (self.max_norm / np.maximum(norms, self.max_norm))
+        parts = {**encode("keys", keys, self.dtype), **encode("values", values, self.dtype)}
+        if self.dtype in ("float16", "bfloat16"):
+            checks.finite(keys=decode(parts["keys"], None), values=decode(parts["values"], None))
+        return parts
 
     def search(self, queries: Any, k: int, rows: Sequence[int] | None = None) -> Neighbours:
         """The k nearest stored tokens of every query, with their keys and values.
@@ -186,6 +204,41 @@ class KNNMemory:
             taken = row.gather(positions)
             found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
+
+    def at(self, positions: Any) -> Neighbours:
+        """The stored tokens at given positions of every row's history, whatever any query thinks of them.
+
+        Parameters
+        ----------
+        positions : int64 NumPy array (rows, n)
+            Of tokens held now; -1 is none, and gives zeros.
+
+        Returns
+        -------
+        Neighbours
+            NumPy arrays: keys (rows, heads, n, dim), values (rows, heads, n, value_dim), tags (rows, n) or None, and
+            `positions` as given; no scores.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            A position that is not held, among others.
+        """
+        positions = token_array("positions", positions, (self.rows, positions.shape[-1]), "integral")
+        oldest = (self.written - self.tokens)[:, None]
+        if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
+            expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
+            raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
+        taken = [
+            row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
+            for row, where in zip(self._rows, positions, strict=True)
+        ]
+        keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
+        tagged = any(entries["tags"] is not None for entries in taken)
+        tags = np.full(positions.shape, -1, np.int64)
+        for i, entries in enumerate(taken):
+            tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
+        return Neighbours(None, positions, keys, values, tags if tagged else None)
 
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
         """Attention of every query over its k nearest stored tokens.
@@ -229,7 +282,7 @@ class KNNMemory:
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        for row in self._chosen(rows):
+        for row in listed(rows, self.rows):
             self._rows[row] = self._empty()
 
     def select(self, rows: Sequence[int]) -> Self:
@@ -240,7 +293,7 @@ class KNNMemory:
         ArgumentError
             A row out of range, or none at all.
         """
-        chosen = [self._chosen([row])[0] for row in rows]
+        chosen = [listed([row], self.rows)[0] for row in rows]
         checks.count("rows", len(chosen))
         made = copy.copy(self)
         made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
@@ -250,8 +303,8 @@ class KNNMemory:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
         arrays = {"written": self.written}
         for i, row in enumerate(self._rows):
-            arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays().items()}
-        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype", "index")
+            arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
+        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype", "index", "max_norm")
         return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
 
     @classmethod
@@ -269,28 +322,20 @@ class KNNMemory:
         if (written < 0).any():
             raise ArgumentError("state['written']", "counts", str(written), "Pass an unaltered state_dict.")
         for i, row in enumerate(memory._rows):
+            row.reserve(0, f"rows.{i}.tags" in arrays)
             row.written = int(written[i])
-            row.tags = np.empty((1, 0), np.int64) if f"rows.{i}.tags" in arrays else None
-            for name, empty in row.arrays().items():
+            for name, empty in row.arrays.items():
                 shape = (empty.shape[0], row.stored, *empty.shape[2:])
-                setattr(row, name, required(arrays, f"rows.{i}.{name}", shape, empty.dtype))
+                row.arrays[name] = required(arrays, f"rows.{i}.{name}", shape, empty.dtype)
         return memory
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
         return type(self).from_state_dict, (self.state_dict(),)
 
-    def _chosen(self, rows: Sequence[int] | None) -> list[int]:
-        if rows is None:
-            return list(range(self.rows))
-        chosen = [checks.count("rows", row, least=0) for row in rows]
-        if len(set(chosen)) < len(chosen) or any(row >= self.rows for row in chosen):
-            raise ArgumentError("rows", f"distinct rows below {self.rows}", str(chosen), "Name each row once.")
-        return chosen
-
     def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> list[tuple[Row, np.ndarray]]:
         """Every chosen row with its queries (heads, group x q, dim), validated."""
-        chosen = self._chosen(rows)
+        chosen = listed(rows, self.rows)
         if not chosen:
             raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
         checks.count("k", k)
@@ -303,7 +348,7 @@ class KNNMemory:
                 f"{queries.shape[1]} heads",
                 "Give every memory head the same number of query heads.",
             )
-        numbers = stored_as(to_numpy(queries), self.computing)
+        numbers = cast_silently(to_numpy(queries), self.computing)
         checks.measurable(queries=numbers)
         grouped = numbers.reshape(len(chosen), self.heads, -1, self.dim)
         return [(self._rows[row], grouped[i]) for i, row in enumerate(chosen)]
@@ -317,22 +362,7 @@ class KNNMemory:
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
 
 
-def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
-    """`given` as NumPy, which must be (rows, n) of that kind of dtype.
-
-    Raises
-    ------
-    ShapeError, DTypeError, FrameworkError
-    """
-    common_framework(**{argument: given})
-    array = to_numpy(given)
-    if not np.isdtype(array.dtype, kind):
-        raise DTypeError(argument, f"a dtype of kind {kind}", str(array.dtype), f"Cast {argument} first.")
-    checks.shape(argument, array, *tokens, whole=True)
-    return array
-
-
-def stored_as(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """`array` in the storage dtype; what does not fit becomes infinite, silently, for the finite check to find."""
+def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """`array` in `dtype`; what does not fit becomes infinite, silently, for the finite check to find."""
     with np.errstate(over="ignore"):
         return array.astype(dtype, copy=False)

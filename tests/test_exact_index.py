@@ -13,7 +13,8 @@ import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import config
-from perdure.backends.numba import machine, panels, threads, tile
+from perdure.backends.numba import code_tile, coded, machine, panels, threads, tile
+from perdure.backends.numba import codes as codes_module
 from perdure.backends.numba.search import SAMPLED
 
 import perdure
@@ -88,12 +89,72 @@ def test_the_compiled_tile_is_the_plain_one(rng, shape, stored, l2):
                 outcomes.append((function(keys, scales, 1, grouped, 1, bounds, scores, hits), scores, hits))
             (found, scores, hits), (plain_found, plain_scores, plain_hits) = outcomes
             assert found == plain_found
-            if found:
+            if found < len(grouped):
                 np.testing.assert_array_equal(hits, plain_hits)
                 if stored == "float64":
                     np.testing.assert_allclose(scores, plain_scores, rtol=1e-13, atol=1e-13)
                 else:
                     np.testing.assert_array_equal(scores, plain_scores)
+
+
+@pytest.mark.skipif(bool(config.DISABLE_JIT), reason="there is no compiled tile to compare")
+@pytest.mark.skipif(not machine.multiplies_bytes(), reason="this CPU has no instruction for it")
+@pytest.mark.parametrize("shape", [code_tile.ONE, code_tile.FEW, code_tile.MANY])
+def test_the_compiled_tile_of_codes_is_the_plain_one(rng, shape):
+    from numba import njit
+
+    compiled, plain = code_tile.make_code_tile(*shape), code_tile.plain_code_tile(*shape)
+    run = njit(lambda c, s, e, z, p, a, t, r, m, g, b, low, high, hits: compiled(
+        c, s, e, z, p, a, t, r, m, g, b, low, high, hits
+    ))  # fmt: skip
+    wide, (many, size), words = tile.lanes(np.float32), shape, 5
+    codes = rng.integers(1, 2 * codes_module.OFFSET, (many + 1, words, wide * 4)).astype(np.uint8)
+    numbers = [rng.random((many + 1, wide)).astype(np.float32) for _ in range(3)]
+    asked = rng.integers(-127, 128, (2, words, size * 4)).astype(np.int8)
+    sums = rng.integers(-999, 999, 2 * size).astype(np.int32)
+    reach, slip = (rng.random(2 * size).astype(np.float32) for _ in range(2))
+    for bound in (-np.inf, 1e4, np.inf):
+        outcomes = []
+        for function in (run, plain):
+            low, high, hits = (
+                np.zeros(size * many * wide, "f"),
+                np.zeros(size * many * wide, "f"),
+                np.zeros(size, np.int64),
+            )
+            bounds = np.full(2 * size, bound, np.float32)
+            reached = function(codes, *numbers, 1, asked, sums, reach, slip, 1, bounds, low, high, hits)
+            outcomes.append((reached, low, high, hits))
+        (reached, low, high, hits), (plain_reached, plain_low, plain_high, plain_hits) = outcomes
+        assert reached == plain_reached
+        if reached == 1:
+            np.testing.assert_array_equal(hits, plain_hits)
+            np.testing.assert_allclose(low, plain_low, rtol=1e-5)
+            np.testing.assert_allclose(high, plain_high, rtol=1e-5)
+
+
+@given(st.data())
+def test_codes_bound_every_score(data):
+    d = data.draw(st.sampled_from((1, 3, 4, 64, 255)))
+    queries = data.draw(strategies.values((6, d), strategies.EXTREMES)).astype(np.float32)
+    keys = data.draw(strategies.values((70, d), strategies.EXTREMES)).astype(np.float32)
+    made = coded.Codes(1, d, "ip")
+    made.grow(len(keys))
+    made.write(keys[None], None, 0)
+    asked, bounds = coded.encoded(queries)
+    size, exact = asked[0].shape[2] // 4, chain(queries, keys, "ip")
+    ends = code_tile.plain_code_tile(1, size)
+    wide = tile.lanes(np.float32)
+    for panel in range(-(-len(keys) // wide)):
+        for group in range(len(asked[0])):
+            low, high, hits = np.zeros(size * wide, "f"), np.zeros(size * wide, "f"), np.zeros(size, np.int64)
+            ends(*made.heads[0], panel, *asked, group, np.full_like(bounds, -np.inf), low, high, hits)
+            for j in range(size):
+                i, slots = group * size + j, slice(panel * wide, min((panel + 1) * wide, len(keys)))
+                if i < len(queries) and bounds[i] < np.inf:
+                    step = np.abs(queries[i]).max() / np.float64(codes_module.QUERY_LEVELS)
+                    count = slots.stop - slots.start
+                    assert (low[j * wide :][:count] * step <= exact[i, slots]).all()
+                    assert (high[j * wide :][:count] * step >= exact[i, slots]).all()
 
 
 @st.composite

@@ -41,3 +41,13 @@ def fuses() -> bool:
 def converts_half() -> bool:
     """Whether the CPU turns float16 into float32."""
     return not is_x86() or "f16c" in features()
+
+
+def dots() -> bool:
+    """Whether the CPU adds the products of four unsigned and four signed bytes to 32 bits (AVX-512 VNNI)."""
+    return is_x86() and {"avx512f", "avx512bw", "avx512vnni"} <= features()
+
+
+def multiplies_bytes() -> bool:
+    """Whether the CPU multiplies vectors of unsigned and signed bytes at all (AVX2, or VNNI)."""
+    return dots() or (is_x86() and register_bytes() == 32)

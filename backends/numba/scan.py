@@ -24,9 +24,9 @@ def panels_a_tile(queries):
     return FEW[0] if queries == FEW[1] else MANY[0]
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def score(panels, scales, panel, grouped, group, bounds, scores, hits, l2):
-    """Run the tile that fits the groups' size."""
+    """Run the tile that fits the groups' size. Inlined: to hand over so many arrays would cost as much as a tile."""
     queries = grouped.shape[2]
     if l2:
         if queries == ONE[1]:
@@ -60,9 +60,11 @@ def scan(panels, scales, low, high, shift, grouped, bounds, best, places, mask, 
     for block in range((high - 1) // span, low // span - 1, -1):
         first = block * span
         inside = below(high - first) & ~below(max(low - first, 0))
-        for group in range(grouped.shape[0]):
-            if score(panels, scales, block * wide, grouped, group, bounds, scores, hits, l2) == 0:
-                continue
+        group = -1
+        while True:
+            group = score(panels, scales, block * wide, grouped, group + 1, bounds, scores, hits, l2)
+            if group == grouped.shape[0]:
+                break
             for j in range(queries):
                 i, word = group * queries + j, hits[j] & inside
                 while word != 0:

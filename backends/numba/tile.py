@@ -14,6 +14,7 @@ whatever registers there are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,9 +43,10 @@ MANY = (2 if machine.registers() == 32 else 1, 6)  # ... for many the arithmetic
 def make_tile(panels: int, queries: int, l2: bool) -> Callable[..., int]:
     """The function tile(keys, scales, panel, grouped, group, bounds, scores, hits) for that many panels and queries.
 
-    It scores keys[panel : panel + panels], (·, d, lanes), against grouped[group], (d, queries). If no score exceeds its
-    query's bound (bounds[group x queries + j]) it returns 0 and stores nothing. Otherwise it returns 1, stores all
-    scores in `scores` (queries x panels x lanes), and in hits[j] a word with one bit for each score above the bound.
+    It scores keys[panel : panel + panels], (·, d, lanes), against grouped[group], (d, queries), and the groups after
+    it, until a score exceeds its query's bound (bounds[group x queries + j]). It returns that group, with all its
+    scores in `scores` (queries x panels x lanes) and in hits[j] a word with one bit for each score above the bound; or
+    the number of groups, where no score exceeds any bound.
     """
     if config.DISABLE_JIT:
         return plain_tile(panels, queries, l2)
@@ -77,10 +79,9 @@ class Tile:
         self.lanes = FILLED * machine.register_bytes() * 8 // grouped.dtype.bitwidth
         self.vectors = Vectors(builder, element, self.lanes // FILLED)
         self.bounds, self.scores, self.hits = data(5), data(6), data(7)
-        self.d = builder.extract_value(context.make_array(grouped)(context, builder, args[3]).shape, 1)
-        self.first_query = builder.mul(args[4], index(self.queries))
-        self.keys_at = self.panel_pointers(data(0), args[2])
-        self.query_at = self.vectors.at(data(3), builder.mul(self.first_query, self.d))
+        self.group, shape = args[4], context.make_array(grouped)(context, builder, args[3]).shape
+        self.groups, self.d = builder.extract_value(shape, 0), builder.extract_value(shape, 1)
+        self.keys_at, self.queries_at = self.panel_pointers(data(0), args[2]), data(3)
         self.scale: Any = self.key_scales(data(1), args[2]) if self.stored == types.int8 else None
 
     def places(self) -> Iterator[tuple[int, int]]:
@@ -136,47 +137,78 @@ class Tile:
 
     def chains(self) -> Sums:
         """The sums after the loop over all d components."""
-        b, zero = self.builder, self.vectors.zero()
+        b = self.builder
+        first = [self.start(j) for j in range(self.queries)]
         start, body, done = b.block, b.append_basic_block("component"), b.append_basic_block("scored")
         b.cbranch(b.icmp_signed(">", self.d, index(0)), body, done)
         b.position_at_end(body)
-        c, before = b.phi(INDEX), {at: b.phi(self.vectors.type) for at in self.sums()}
+        c, before = b.phi(INDEX), {(p, r, j): b.phi(first[j].type) for p, r, j in self.sums()}
         after = self.step(c, before)
         following = b.add(c, index(1))
         b.cbranch(b.icmp_signed("<", following, self.d), body, done)
         c.add_incoming(index(0), start)
         c.add_incoming(following, body)
         b.position_at_end(done)
-        result = {at: b.phi(self.vectors.type) for at in self.sums()}
+        result = {(p, r, j): b.phi(first[j].type) for p, r, j in self.sums()}
         for at in self.sums():
-            before[at].add_incoming(zero, start)
-            before[at].add_incoming(after[at], body)
-            result[at].add_incoming(zero, start)
-            result[at].add_incoming(after[at], body)
-        if self.scale is not None and not self.l2:
-            return {(p, r, j): b.fmul(total, self.scale[p, r]) for (p, r, j), total in result.items()}
+            for phi in (before[at], result[at]):
+                phi.add_incoming(first[at[2]], start)
+                phi.add_incoming(after[at], body)
         return result
 
+    def start(self, j: int) -> Any:
+        """What the sums of query j start from."""
+        return ir.Constant(self.vectors.type, [0.0] * self.vectors.width)
+
     def result(self) -> Any:
-        """Compare with the bounds, and store only where one is exceeded."""
+        """Code for one group after another, until one has a hit."""
+        b, before = self.builder, self.builder.block
+        some, following, hit, end = (b.append_basic_block(name) for name in ("group", "following", "hit", "end"))
+        b.cbranch(b.icmp_signed("<", self.group, self.groups), some, end)
+        b.position_at_end(some)
+        group = b.phi(INDEX)
+        self.first_query = b.mul(group, index(self.queries))
+        self.query_at = self.vectors.at(self.queries_at, b.mul(self.first_query, self.d))
+        above, results = self.compared()
+        flags = functools.reduce(b.or_, above.values())
+        found = b.icmp_unsigned("!=", self.vectors.bits(flags), ir.Constant(ir.IntType(self.vectors.width), 0))
+        b.cbranch(found, hit, following).set_weights([1, 99])
+        b.position_at_end(following)
+        advanced = b.add(group, index(1))
+        group.add_incoming(self.group, before)
+        group.add_incoming(advanced, following)
+        b.cbranch(b.icmp_signed("<", advanced, self.groups), some, end)
+        b.position_at_end(hit)
+        for j in range(self.queries):
+            self.store_hits(j, above, results)
+        b.branch(end)
+        b.position_at_end(end)
+        reached = b.phi(INDEX)
+        for value, block in ((self.groups, before), (self.groups, following), (group, hit)):
+            reached.add_incoming(value, block)
+        return reached
+
+    def compared(self) -> tuple[Sums, list[tuple[Any, Sums]]]:
+        """Which scores exceed their query's bound, and what to store on a hit: (array, vectors)."""
         b, vectors, scores = self.builder, self.vectors, self.chains()
-        above, anything = {}, None
+        if self.scale is not None and not self.l2:
+            scores = {(p, r, j): b.fmul(total, self.scale[p, r]) for (p, r, j), total in scores.items()}
+        above = {}
         for j in range(self.queries):
             bound = vectors.spread(b.load(vectors.at(self.bounds, self.first_query, index(j))))
             for p, r in self.places():
                 above[p, r, j] = b.fcmp_ordered(">", scores[p, r, j], bound)
-                anything = above[p, r, j] if anything is None else b.or_(anything, above[p, r, j])
-        found = b.icmp_unsigned("!=", vectors.bits(anything), ir.Constant(ir.IntType(vectors.width), 0))
-        with b.if_then(found, likely=False):
-            for j in range(self.queries):
-                word = index(0)
-                for p, r in self.places():
-                    lane = (p * FILLED + r) * vectors.width
-                    word = b.or_(word, b.shl(b.zext(vectors.bits(above[p, r, j]), INDEX), index(lane)))
-                    spot = vectors.at(self.scores, index(j * self.panels * self.lanes + lane))
-                    vectors.store(scores[p, r, j], spot)
-                b.store(word, vectors.at(self.hits, index(j)))
-        return b.zext(found, INDEX)
+        return above, [(self.scores, scores)]
+
+    def store_hits(self, j: int, above: Sums, results: Any) -> None:
+        """Of query j, the word of its hits and, for each (array, vectors) of `results`, all lanes."""
+        b, vectors, word = self.builder, self.vectors, index(0)
+        for p, r in self.places():
+            lane = (p * FILLED + r) * vectors.width
+            word = b.or_(word, b.shl(b.zext(vectors.bits(above[p, r, j]), INDEX), index(lane)))
+            for array, lanes in results:
+                vectors.store(lanes[p, r, j], vectors.at(array, index(j * self.panels * self.lanes + lane)))
+        b.store(word, vectors.at(self.hits, index(j)))
 
 
 def plain_tile(panels: int, queries: int, l2: bool) -> Callable[..., int]:
@@ -187,20 +219,25 @@ def plain_tile(panels: int, queries: int, l2: bool) -> Callable[..., int]:
         scale = scales.reshape(-1, keys.shape[2])[panel : panel + panels] if keys.dtype == np.int8 else None
         if scale is not None and l2:
             some = some * scale
-        found = 0
-        for j in range(queries):
-            total = np.zeros(some.shape[1:], grouped.dtype)
-            for key, query in zip(some, grouped[group, :, j], strict=True):
-                gap = query - key
-                total = fused(-gap, gap, total) if l2 else fused(query, key, total)
-            total = (total if scale is None or l2 else total * scale).ravel()
-            scores[j * total.size : (j + 1) * total.size] = total
-            word = sum(1 << int(lane) for lane in np.flatnonzero(total > bounds[group * queries + j]))
-            hits[j] = np.uint64(word).astype(np.int64)
-            found |= word != 0
-        return int(found)
+        for g in range(group, len(grouped)):
+            for j in range(queries):
+                total = np.zeros(some.shape[1:], grouped.dtype)
+                for key, query in zip(some, grouped[g, :, j], strict=True):
+                    gap = query - key
+                    total = fused(-gap, gap, total) if l2 else fused(query, key, total)
+                total = (total if scale is None or l2 else total * scale).ravel()
+                scores[j * total.size : (j + 1) * total.size] = total
+                hits[j] = word(total > bounds[g * queries + j])
+            if hits.any():
+                return g
+        return len(grouped)
 
     return tile
+
+
+def word(flags: np.ndarray) -> int:
+    """A vector of true and false as the bits of one whole number."""
+    return int(np.uint64(sum(1 << int(lane) for lane in np.flatnonzero(flags))).astype(np.int64))
 
 
 def widened(raw: np.ndarray, dtype: Any) -> np.ndarray:

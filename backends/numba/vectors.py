@@ -45,9 +45,6 @@ class Vectors:
             first, nothing, ir.Constant(ir.VectorType(SHORT, self.width), [0] * self.width)
         )
 
-    def zero(self) -> ir.Constant:
-        return ir.Constant(self.type, [0.0] * self.width)
-
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a·b + c, rounded once where the CPU can."""
         bits = 8 * element_bytes(self.element)
@@ -83,3 +80,15 @@ def compiled_highest_bit(typing, word):
 
 def plain_highest_bit(word):
     return (int(word) & (2**64 - 1)).bit_length() - 1
+
+
+@intrinsic
+def compiled_fma(typing, a, b, c):
+    def generate(context, builder, signature, args):
+        name = "llvm.fma.f32" if machine.fuses() else "llvm.fmuladd.f32"
+        number = ir.FloatType()
+        function = builder.module.globals.get(name)
+        function = function or ir.Function(builder.module, ir.FunctionType(number, [number] * 3), name)
+        return builder.call(function, args)
+
+    return types.float32(types.float32, types.float32, types.float32), generate

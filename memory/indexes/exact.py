@@ -13,16 +13,17 @@ from .protocol import Ring
 
 
 class ExactIndex:
-    """The formula `retrieve` over a row's keys, or the panels of the backend that computes, where it has them.
+    """The formula `retrieve` over a row's keys, or what the backend that computes keeps of them for exact search.
 
-    Panels cost as many bytes again as the keys. A key takes its place in them once, at the first search after its
-    write, in O(heads dim).
+    With Numba that is codes of 8 bits (bytes: dim + 12 a key and head; float32 keys, "ip" and "cosine", where the CPU
+    multiplies bytes), and else the keys once more in another order. A key is taken in once, at the first search after
+    its write, in O(heads dim).
     """
 
     def __init__(self, heads: int, dim: int, space: str, dtype: np.dtype):
         self.shape, self.space, self.dtype = (heads, dim), space, dtype
-        self.followed = 0  # tokens of the row's history that stand in the panels, or have left the row before
-        self.panels: Any = None
+        self.followed = 0  # tokens of the row's history that were taken in, or have left the row before
+        self.kept: Any = None
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -32,29 +33,40 @@ class ExactIndex:
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.panels is None else self.panels.nbytes
+        return 0 if self.kept is None else self.kept.nbytes
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        made = getattr(load(current_backend()), "Panels", None)
-        if made is None:
-            scores, ages = retrieve(queries, row.keys[:, : row.stored], k, self.space, None, row.start)
+        make, stored = getattr(load(current_backend()), "exact_keys", None), (slice(None), slice(0, row.stored))
+        if make is None:
+            scores, ages = retrieve(queries, row.numbers("keys", stored), k, self.space, None, row.start)
         else:
+            keys, _ = row.part("keys", stored)
             with self.lock:
-                self.follow(row, made)
-            scores, ages = self.panels.search(queries, k, row.stored, row.start)
+                self.follow(row, make)
+                self.kept.settle_down(keys)
+            scores, ages = self.kept.search(keys, queries, k, row.start)
         return scores, np.where(ages >= 0, ages + row.oldest, -1)
 
-    def follow(self, row: Ring, made: Any) -> None:
-        """Write the keys that came since into the panels; those that left are in the slots that the new ones take."""
-        if self.panels is None:
-            self.panels, self.followed = made(*self.shape, self.space, self.dtype), 0
+    def follow(self, row: Ring, make: Any) -> None:
+        """Take in the keys that came since; those that left were in the slots that the new ones take."""
+        if self.kept is None:
+            self.kept, self.followed = make(*self.shape, self.space, self.dtype), 0
         if self.followed == row.written:
             return
-        self.panels.grow(row.keys.shape[1])
-        position = max(self.followed, row.oldest)
-        while position < row.written:
-            slot = position % row.capacity
-            count = min(row.written - position, row.capacity - slot)
-            self.panels.write(row.keys[:, slot : slot + count], slot)
-            position += count
+        self.kept.grow(row.slots)
+        for slots in written_since(row, self.followed):
+            where = (slice(None), slots)
+            keys, scales = row.part("keys", where) if self.kept.as_stored else (row.numbers("keys", where), None)
+            self.kept.write(keys, scales, slots.start)
         self.followed = row.written
+
+
+def written_since(row: Ring, position: int) -> list[slice]:
+    """The slots of the tokens from `position` on that the row still holds, oldest first, as one or two ranges."""
+    position, ranges = max(position, row.oldest), []
+    while position < row.written:
+        slot = position % row.capacity
+        count = min(row.written - position, row.capacity - slot)
+        ranges.append(slice(slot, slot + count))
+        position += count
+    return ranges
