@@ -60,7 +60,8 @@ class BlockGram:
 
     def solve(self, F: np.ndarray, penalty: float) -> np.ndarray | None:
         """(F F^T + penalty I)^-1 F, or None where the factorisation fails."""
-        factors, couplings = [], []
+        factors: list[np.ndarray] = []
+        couplings: list[np.ndarray] = []
         for k, block in enumerate(self.diagonal):
             block = block + penalty * np.eye(block.shape[0])
             if k:
@@ -73,7 +74,8 @@ class BlockGram:
                 couplings.append(blas.dtrsm(1.0, factor, self.below[k], side=1, lower=1, trans_a=1))
         # F^T's columns to the right of a block's window are still zero on the way down; what decays to the left of it
         # is dropped once it is below rounding, and likewise on the way up
-        out, seen = np.zeros_like(F), []
+        out = np.zeros_like(F)
+        seen: list[slice] = []
         for k, (rows, factor) in enumerate(zip(self.blocks, factors, strict=True)):
             own = self.windows[k]
             within = slice(min(seen[-1].start, own.start), max(seen[-1].stop, own.stop)) if k else own

@@ -36,7 +36,8 @@ def update_positions(contraction: float, samples: int, length: int) -> tuple[np.
     old = np.float32(contraction) * np.arange(1, samples + 1, dtype=np.float32) / np.float32(samples)
     shift = 1 / (2 * length + samples)
     around = np.linspace(-0.5 + shift, 1.5 - shift, 2 * (length + samples)).astype(np.float32)
-    return tuple(a.astype(np.float64) for a in (old, new, around[(around < 0) | (around > 1)]))
+    zeros = around[(around < 0) | (around > 1)]
+    return old.astype(np.float64), new.astype(np.float64), zeros.astype(np.float64)
 
 
 def counts_of_draws(draws: np.ndarray) -> np.ndarray:

@@ -18,8 +18,7 @@ from ..core.density import DENSITIES, expected_value
 from ..core.positions import fraction, resample
 from ..core.report import SignalReport, signal_report, smallest_scheme
 from ..core.signal import Signal, penalty
-from .knn import exactly, token_array
-from .rows import chosen, detached, taken
+from .rows import detached, listed, taken, token_array
 from .state import pack, required, unpack
 from .sticky import bins_drawn, drawn_bins, generator, histogram_of
 
@@ -149,7 +148,7 @@ class ContinuousMemory:
         most : int
             Largest N tried.
         **settings
-            Passed on to the constructor.
+            `settings` are passed on to the constructor.
 
         Returns
         -------
@@ -219,30 +218,29 @@ class ContinuousMemory:
         -----
         Gradients reach x through the newest segment only; what is remembered is detached.
         """
-        listed = chosen(rows, self.rows)
+        chosen = listed(rows, self.rows)
         checks.floating_arrays(x=x)
-        exactly(3, x=x)
-        checks.shape("x", x, len(listed), "n", self.dim)
+        checks.shape("x", x, len(chosen), "n", self.dim, whole=True)
         checks.measurable(x=x)
-        tokens = (len(listed), int(x.shape[1]))
+        tokens = (len(chosen), int(x.shape[1]))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
         histogram = None
         if self.sticky and attention is not None:
             edges = original.edges() if self.compat else np.arange(self.bins + 1) / self.bins
-            histogram = histogram_of(attention, len(listed), edges, self.density, exact=self.compat is not None)
+            histogram = histogram_of(attention, len(chosen), edges, self.density, exact=self.compat is not None)
         if draws is not None:
             if not self.compat:
                 raise ArgumentError("draws", "None without compat", "an array", "Pass compat='infinite-former'.")
-            draws = bins_drawn("draws", draws, (len(listed), self.scheme.samples), self.bins)
+            draws = bins_drawn("draws", draws, (len(chosen), self.scheme.samples), self.bins)
         old, x = self._beside(x), cast(x, self._dtype_beside(x))
         changed: dict[int, Any] = {}
         lengths = present.sum(axis=1)
-        kinds = list(zip((self._written[listed] == 0).tolist(), lengths.tolist(), strict=True))
+        kinds = list(zip((self._written[chosen] == 0).tolist(), lengths.tolist(), strict=True))
         for fresh, length in sorted(set(kinds)):
             if length == 0:
                 continue
             group = [i for i, kind in enumerate(kinds) if kind == (fresh, length)]
-            new, of = taken(x, group, present), [listed[i] for i in group]
+            new, of = taken(x, group, present), [chosen[i] for i in group]
             if fresh:
                 made = fitted(self.scheme, new)
             else:
@@ -256,20 +254,19 @@ class ContinuousMemory:
             xp = namespace(old)
             if changed:
                 self._coefficients = xp.stack([changed.get(r, old[r, ...]) for r in range(self.rows)])
-        self._written[listed] += lengths
+        self._written[chosen] += lengths
         self._last_segment = int(lengths.max(initial=0)) or self._last_segment
 
     def _contracted(self, B: Any, x: Any, histogram: np.ndarray | None, draws: np.ndarray | None) -> Any:
         """Coefficients (group, N, dim) after a write of x (group, n, dim) to rows that hold B."""
         contraction = self._contraction(x.shape[1])
-        if histogram is None and draws is None:
-            return updated(self.scheme, B, x, contraction)
-        if not self.compat:
-            return updated(self.scheme, B, x, contraction, resample(histogram, self.scheme.samples, self._rng))
-        if draws is None:
+        if self.compat and draws is None and histogram is not None:
             draws = drawn_bins(histogram, self.scheme.samples, self._rng)
-        counts = original.counts_of_draws(draws)
-        return updated_in_bins(self.scheme, B, x, contraction, original.left_edges(), counts)
+        if draws is not None:
+            counts = original.counts_of_draws(draws)
+            return updated_in_bins(self.scheme, B, x, contraction, original.left_edges(), counts)
+        where = None if histogram is None else resample(histogram, self.scheme.samples, self._rng)
+        return updated(self.scheme, B, x, contraction, where)
 
     def _contraction(self, length: int) -> float:
         return self.contraction ** (1 if self.segment is None else length / self.segment)
@@ -297,23 +294,23 @@ class ContinuousMemory:
         ------
         ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
         """
-        listed = chosen(rows, self.rows)
+        chosen = listed(rows, self.rows)
         checks.floating_arrays(mean=mean)
-        checks.shape("mean", mean, len(listed), *"q" * max(mean.ndim - 1, 1))
+        checks.shape("mean", mean, len(chosen), *"q" * max(mean.ndim - 1, 1))
         xp, shape = namespace(mean), tuple(mean.shape)
         if framework(variance) is not None:
             checks.floating_arrays(mean=mean, variance=variance)
             checks.leading(mean=(mean, 0), variance=(variance, 0))
             variance = xp.reshape(xp.broadcast_to(variance, shape), (shape[0], -1))
-        B = taken(self._beside(mean, keep_graph=True), listed)
+        B = taken(self._beside(mean, keep_graph=True), chosen)
         signal = Signal(B, self.basis, self.scheme.ridge, mean.dtype, self._last_segment, self.scheme.original)
         output = expected_value(signal, xp.reshape(mean, (shape[0], -1)), variance, density or self.density)
-        empty = like(np.where(self._written[listed] > 0, 0.0, -np.inf), mean, computing_dtype(mean))
+        empty = like(np.where(self._written[chosen] > 0, 0.0, -np.inf), mean, computing_dtype(mean))
         lse = xp.broadcast_to(xp.reshape(empty, (-1,) + (1,) * (len(shape) - 1)), shape)
         return Reading(xp.reshape(output, (*shape, self.dim)), lse)
 
     def report(self, segment: int | None = None, features: int | None = None) -> SignalReport:
-        """What this memory can hold when it is written in segments of `segment` tokens; see Signal.report.
+        """What this memory can hold, segments of `segment` tokens with `features` each; see Signal.report.
 
         Raises
         ------
@@ -330,13 +327,13 @@ class ContinuousMemory:
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        listed = chosen(rows, self.rows)
+        chosen = listed(rows, self.rows)
         B = detached(self._coefficients)
         kept = np.ones((self.rows, 1, 1), bool)
-        kept[listed] = False
+        kept[chosen] = False
         xp = namespace(B)
         self._coefficients = xp.where(like(kept, B), B, xp.zeros_like(B))
-        self._written[listed] = 0
+        self._written[chosen] = 0
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Coefficients, counts and basis as a flat dict of arrays; "config" holds the rest as JSON bytes."""
@@ -351,7 +348,7 @@ class ContinuousMemory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+        """The memory that `state` describes; its behaviour is bit-identical from here on.
 
         Raises
         ------

@@ -9,14 +9,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import common_framework, computing_dtype
-from ..backends.errors import ArgumentError, DTypeError, ShapeError
+from ..backends.arrays import computing_dtype
+from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
 from .indexes.exact import ExactIndex
 from .row import Row
+from .rows import listed, token_array
 from .state import pack, required, unpack
 from .storage import DTYPES, RAW, computing, decode, encode
 
@@ -145,7 +146,7 @@ class KNNMemory:
         -----
         Cost O(rows heads n (dim + value_dim)). No gradient is kept.
         """
-        chosen = self._chosen(rows)
+        chosen = listed(rows, self.rows)
         checks.floating_arrays(keys=keys, values=values)
         checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
         checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
@@ -246,7 +247,7 @@ class KNNMemory:
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        for row in self._chosen(rows):
+        for row in listed(rows, self.rows):
             self._rows[row] = self._empty()
 
     def select(self, rows: Sequence[int]) -> Self:
@@ -257,7 +258,7 @@ class KNNMemory:
         ArgumentError
             A row out of range, or none at all.
         """
-        chosen = [self._chosen([row])[0] for row in rows]
+        chosen = [listed([row], self.rows)[0] for row in rows]
         checks.count("rows", len(chosen))
         made = copy.copy(self)
         made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
@@ -297,17 +298,9 @@ class KNNMemory:
         """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
         return type(self).from_state_dict, (self.state_dict(),)
 
-    def _chosen(self, rows: Sequence[int] | None) -> list[int]:
-        if rows is None:
-            return list(range(self.rows))
-        chosen = [checks.count("rows", row, least=0) for row in rows]
-        if len(set(chosen)) < len(chosen) or any(row >= self.rows for row in chosen):
-            raise ArgumentError("rows", f"distinct rows below {self.rows}", str(chosen), "Name each row once.")
-        return chosen
-
     def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> list[tuple[Row, np.ndarray]]:
         """Every chosen row with its queries (heads, group x q, dim), validated."""
-        chosen = self._chosen(rows)
+        chosen = listed(rows, self.rows)
         if not chosen:
             raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
         checks.count("k", k)
@@ -332,21 +325,6 @@ class KNNMemory:
             return None
         stacked = np.stack([np.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
-
-
-def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
-    """`given` as NumPy, which must be (rows, n) of that kind of dtype.
-
-    Raises
-    ------
-    ShapeError, DTypeError, FrameworkError
-    """
-    common_framework(**{argument: given})
-    array = to_numpy(given)
-    if not np.isdtype(array.dtype, kind):
-        raise DTypeError(argument, f"a dtype of kind {kind}", str(array.dtype), f"Cast {argument} first.")
-    checks.shape(argument, array, *tokens, whole=True)
-    return array
 
 
 def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:

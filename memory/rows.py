@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.arrays import namespace
-from ..backends.errors import ArgumentError
-from ..backends.exchange import like
+from ..backends.arrays import common_framework, namespace
+from ..backends.errors import ArgumentError, DTypeError
+from ..backends.exchange import like, to_numpy
 from ..core import checks
 
 
-def chosen(rows: Sequence[int] | None, total: int) -> list[int]:
+def listed(rows: Sequence[int] | None, total: int) -> list[int]:
     """`rows` as distinct ints below `total`; all of them for None.
 
     Raises
@@ -22,10 +22,25 @@ def chosen(rows: Sequence[int] | None, total: int) -> list[int]:
     """
     if rows is None:
         return list(range(total))
-    listed = [checks.count("rows", row, least=0) for row in rows]
-    if len(set(listed)) < len(listed) or any(row >= total for row in listed):
-        raise ArgumentError("rows", f"distinct rows below {total}", str(listed), "Name each row once.")
-    return listed
+    chosen = [checks.count("rows", row, least=0) for row in rows]
+    if len(set(chosen)) < len(chosen) or any(row >= total for row in chosen):
+        raise ArgumentError("rows", f"distinct rows below {total}", str(chosen), "Name each row once.")
+    return chosen
+
+
+def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
+    """`given` as NumPy, which must be (rows, n) of that kind of dtype.
+
+    Raises
+    ------
+    ShapeError, DTypeError, FrameworkError
+    """
+    common_framework(**{argument: given})
+    array = to_numpy(given)
+    if not np.isdtype(array.dtype, kind):
+        raise DTypeError(argument, f"a dtype of kind {kind}", str(array.dtype), f"Cast {argument} first.")
+    checks.shape(argument, array, *tokens, whole=True)
+    return array
 
 
 def detached(array: Any) -> Any:

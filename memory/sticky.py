@@ -11,7 +11,7 @@ from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import to_numpy
 from ..core import checks
 from ..core.density import attention_mass, looking
-from .knn import exactly, token_array
+from .rows import token_array
 
 
 def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, exact: bool) -> np.ndarray:
@@ -27,8 +27,7 @@ def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, ex
         mass = _of_densities(attention, count, edges, density)
     else:
         checks.floating_arrays(attention=attention)
-        checks.shape("attention", attention, count, "D")
-        exactly(2, attention=attention)
+        checks.shape("attention", attention, count, "D", whole=True)
         mass = to_numpy(attention).astype(np.float64)
     if mass.shape[1] == 0 or not np.isfinite(mass).all() or (mass < 0).any():
         raise ArgumentError("attention", "finite mass of at least 0 in 1 bin or more", "other", "Pass a histogram.")

@@ -24,6 +24,7 @@ PUBLIC = [
     "ArgumentError",
     "BackendError",
     "Basis",
+    "ContinuousMemory",
     "DTypeError",
     "FileError",
     "FrameworkError",
@@ -279,3 +280,13 @@ def test_a_missing_extra_is_named_with_its_install_line(backend, packages):
     for line in lines:
         assert line.startswith(packages[0].replace("_", "-"))
         assert f'pip install "perdure[{backend}]"' in line
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_the_demo_names_a_missing_extra_in_one_line(package):
+    result = run(
+        f"import sys; sys.modules['{package}'] = None; from perdure.__main__ import main; sys.exit(main(['demo']))"
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert 'pip install "perdure[transformers]"' in result.stderr

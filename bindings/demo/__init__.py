@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...backends.arrays import optional_import
 from .inputs import FOLDER, LAYERS, MEMORY, TOKENS, Settings
 
 
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     settings = Settings.parsed(arguments)
     document = settings.document()
+    for package in ("torch", "transformers"):
+        optional_import(package, extra="transformers")
     from .report import plotting
 
     plotting()
