@@ -37,8 +37,10 @@ def _plain(tensors: Sequence[Any]) -> bool:
     """Whether all lie in main memory and none needs a gradient, outside of compilation."""
     import torch
 
+    if torch.compiler.is_compiling():
+        return False
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not tracked and not torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors)
+    return not tracked and all(t.device.type == "cpu" for t in tensors)
 
 
 def _through_numba(name: str, args: tuple[Any, ...]) -> Any:
