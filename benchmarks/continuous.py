@@ -27,6 +27,7 @@ from perdure.core import density, ridge
 from perdure.core.basis import Basis
 from perdure.core.consolidation import Scheme, fitted, updated
 from perdure.core.gibbs import gibbs_shares
+from perdure.core.looking import affine
 from perdure.core.positions import resample
 from threadpoolctl import threadpool_limits
 
@@ -86,12 +87,9 @@ def ours_sticky(scheme: Scheme, B: Any, x: Any, mean: Any, variance: Any, rng: n
 
 
 def ours_attend(scheme: Scheme, B: Any, q: Any, w: dict[str, Any], xp: Any) -> Any:
-    """The same output; w·s is q·(W_K B^T w), so that neither keys nor scores are ever made."""
-    seen = xp.stack([w["w_mean"], w["w_variance"]]) @ B  # (2, e)
-    keys = (w["W_K"] @ seen.T).reshape(HEADS, DIM, 2)
-    s = q @ keys / math.sqrt(DIM)  # (heads, q, 2)
-    mean = 1 / (1 + xp.exp(-s[..., 0]))
-    variance = xp.clip(xp.log1p(xp.exp(s[..., 1])), 1e-4, None)
+    """The same output, without making keys or scores."""
+    W_K = w["W_K"].reshape(HEADS, DIM, E)
+    (mean,), (variance,) = affine(q[None], B[None], W_K, w["w_mean"], w["w_variance"], 1e-4)  # (heads, q)
     values = (B @ w["W_V"].T).reshape(-1, HEADS, DIM)
     basis = scheme.basis.beside(q)
     z = [density.expected_basis(mean[h], variance[h], *basis, "gaussian") @ values[:, h] for h in range(HEADS)]
