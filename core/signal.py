@@ -220,7 +220,7 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
         raise ShapeError("x", "at least one sample, (..., L, e)", str(tuple(x.shape)), "Pass samples to fit.")
     if not isinstance(basis, Basis):
         raise ArgumentError("basis", "a Basis", type(basis).__name__, "Pass perdure.gaussian_basis(n).")
-    ridge = ridge if ridge == "gcv" else penalty(ridge)
+    fixed = None if ridge == "gcv" else penalty(ridge)
     checks.measurable(x=x)
     where = centred(length)
     if positions is not None:
@@ -229,11 +229,10 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
             raise ShapeError("positions", f"({length},)", str(tuple(positions.shape)), "Pass one position a sample.")
         where = to_numpy(positions).astype(np.float64)
     wide = cast(x, computing_dtype(x))
-    if ridge == "gcv":
-        ridge = validated_ridge(x, basis, where)
-    operator = fit_operator(basis, where, ridge)
+    used = validated_ridge(x, basis, where) if fixed is None else fixed
+    operator = fit_operator(basis, where, used)
     coefficients = apply(operator.key, operator.matrix, wide)
-    return Signal(coefficients, basis, ridge, x.dtype, length)
+    return Signal(coefficients, basis, used, x.dtype, length)
 
 
 def penalty(ridge: Any) -> float:

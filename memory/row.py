@@ -112,7 +112,7 @@ class Row:
         """Where the tokens at `positions` stand; slot 0 for the position -1 of no token."""
         return np.where(positions >= 0, positions % self.capacity, 0)
 
-    def gather(self, positions: np.ndarray) -> dict[str, np.ndarray | None]:
+    def gather(self, positions: np.ndarray) -> dict[str, Any]:
         """Keys, values and tags at `positions` (heads, q, k); zeros, and tag -1, where the position is -1."""
         heads = np.arange(positions.shape[0])[:, None, None]
         slots, found = self.slots_of(positions), (positions >= 0)[..., None]

@@ -29,6 +29,7 @@ PUBLIC = [
     "DTypeError",
     "FileError",
     "FrameworkError",
+    "HybridMemory",
     "KNNMemory",
     "MissingPackageError",
     "Neighbours",

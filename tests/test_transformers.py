@@ -319,7 +319,7 @@ def test_clamped_positions_see_what_is_older_at_their_distance(name, window, ids
 
 def test_learned_positions_end_where_the_model_ends(ids):
     model = gpt2(n_positions=64)
-    memory = attach(model)
+    memory = attach(model, positions="true")
     memory.read_document(ids, progress=False)
     with pytest.raises(perdure.ArgumentError, match="positions: expected a document within the 64 positions"):
         logits(model, ids)

@@ -22,6 +22,7 @@ _HOMES = {
     "perdure.core.signal": ["Signal", "fit"],
     "perdure.memory.compressive": ["CompressiveMemory"],
     "perdure.memory.continuous": ["ContinuousMemory"],
+    "perdure.memory.hybrid": ["HybridMemory"],
     "perdure.memory.knn": ["KNNMemory"],
     "perdure.memory.recurrent": ["RecurrentMemory"],
     "perdure.memory.window": ["States"],
