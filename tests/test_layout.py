@@ -34,6 +34,8 @@ PUBLIC = [
     "NonFiniteError",
     "PerdureError",
     "Reading",
+    "RecallError",
+    "RecallWarning",
     "ShapeError",
     "Signal",
     "SignalReport",

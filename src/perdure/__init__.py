@@ -29,6 +29,8 @@ _HOMES = {
         "MissingPackageError",
         "NonFiniteError",
         "PerdureError",
+        "RecallError",
+        "RecallWarning",
         "ShapeError",
     ],
 }
