@@ -105,7 +105,7 @@ def positive(argument: str, value: Any) -> float:
     ------
     ArgumentError
     """
-    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    number = float(value) if not isinstance(value, bool) and isinstance(value, numbers.Real) else math.nan
     if not 0 < number < math.inf:
         raise ArgumentError(argument, "a finite number above 0", repr(value), f"Pass {argument}=1.0, for example.")
     return number

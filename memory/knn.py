@@ -219,6 +219,41 @@ class KNNMemory:
             found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
 
+    def at(self, positions: Any) -> Neighbours:
+        """The stored tokens at given positions of every row's history, whatever any query thinks of them.
+
+        Parameters
+        ----------
+        positions : int64 NumPy array (rows, n)
+            Of tokens held now; -1 is none, and gives zeros.
+
+        Returns
+        -------
+        Neighbours
+            NumPy arrays: keys (rows, heads, n, dim), values (rows, heads, n, value_dim), tags (rows, n) or None, and
+            `positions` as given; no scores.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            A position that is not held, among others.
+        """
+        positions = token_array("positions", positions, (self.rows, positions.shape[-1]), "integral")
+        oldest = (self.written - self.tokens)[:, None]
+        if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
+            expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
+            raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
+        taken = [
+            row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
+            for row, where in zip(self._rows, positions, strict=True)
+        ]
+        keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
+        tagged = any(entries["tags"] is not None for entries in taken)
+        tags = np.full(positions.shape, -1, np.int64)
+        for i, entries in enumerate(taken):
+            tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
+        return Neighbours(None, positions, keys, values, tags if tagged else None)
+
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
         """Attention of every query over its k nearest stored tokens.
 

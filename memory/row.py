@@ -51,6 +51,21 @@ class Row:
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays.values()) + self.index.nbytes
 
+    @property
+    def keys(self) -> np.ndarray:
+        """Of every slot, as computed with."""
+        return self.numbers("keys", ...)
+
+    @property
+    def values(self) -> np.ndarray:
+        """Of every slot, as computed with."""
+        return self.numbers("values", ...)
+
+    @property
+    def tags(self) -> np.ndarray | None:
+        """Of every slot, (1, slots); None where no tags are kept."""
+        return self.arrays.get("tags")
+
     def part(self, name: str, where: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """The keys or values at `where` (an index of (heads, slots)), as stored, and their scales if they have any."""
         scales = self.arrays.get(f"{name}_scales")
@@ -112,7 +127,7 @@ class Row:
         """Where the tokens at `positions` stand; slot 0 for the position -1 of no token."""
         return np.where(positions >= 0, positions % self.capacity, 0)
 
-    def gather(self, positions: np.ndarray) -> dict[str, np.ndarray | None]:
+    def gather(self, positions: np.ndarray) -> dict[str, Any]:
         """Keys, values and tags at `positions` (heads, q, k); zeros, and tag -1, where the position is -1."""
         heads = np.arange(positions.shape[0])[:, None, None]
         slots, found = self.slots_of(positions), (positions >= 0)[..., None]

@@ -6,9 +6,9 @@ Each function here is the faster twin of the kernel of the same name in core/, w
 
 from .attention import attention
 from .basis import expected_basis, gaussians, histogram
-from .coded import exact_keys
+from .coded import exact_keys as exact_keys
 from .lists import Lists
 from .retrieval import retrieve
 from .unit import unit
 
-__all__ = ["Lists", "attention", "exact_keys", "expected_basis", "gaussians", "histogram", "retrieve", "unit"]
+__all__ = ["Lists", "attention", "expected_basis", "gaussians", "histogram", "retrieve", "unit"]

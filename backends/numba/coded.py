@@ -38,7 +38,8 @@ class Codes:
     def __init__(self, heads: int, d: int, space: str):
         self.d, self.space = d, space
         self.heads = [self._empty(0) for _ in range(heads)]
-        self.tired, self.panels = 0, None
+        self.tired = 0
+        self.panels: Panels | None = None
 
     def _empty(self, slots: int) -> tuple[np.ndarray, ...]:
         wide = lanes(np.float32)
