@@ -441,7 +441,13 @@ WAYS = {
 def generated(model, ids, **settings):
     """15 more tokens."""
     torch.manual_seed(3)
-    settings = {"max_new_tokens": 15, "min_new_tokens": 15, "pad_token_id": 0, "attention_mask": torch.ones_like(ids), **settings}
+    settings = {
+        "max_new_tokens": 15,
+        "min_new_tokens": 15,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(ids),
+        **settings,
+    }
     return model.generate(ids, **settings)[:, ids.shape[1] :]
 
 
