@@ -35,6 +35,8 @@ _HOMES = {
         "MissingPackageError",
         "NonFiniteError",
         "PerdureError",
+        "RecallError",
+        "RecallWarning",
         "ShapeError",
     ],
 }
