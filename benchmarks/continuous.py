@@ -292,14 +292,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 4, figsize=(13, 3.4), sharey=True, layout="constrained")
-    labels = [f"{r['N']}/{r['L']}\n{r['widths']}" for r in results]
+    labels = [f"{r['N']}/{r['L']} {r['widths']}" for r in results]
     for axis, operation in zip(axes, ("fit", "update", "sticky", "attend"), strict=True):
         for i, method in enumerate(("published", "torch", "numpy")):
             heights = [r["ms"][operation][method] / r["ms"][operation]["limit"] for r in results]
             axis.bar(np.arange(len(results)) + 0.27 * (i - 1), heights, 0.26, label=method)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=operation, xticks=range(len(results)), xticklabels=labels)
-        axis.tick_params(axis="x", labelsize=6)
+        axis.tick_params(axis="x", labelsize=7, rotation=60)
     axes[0].set_ylabel("time over the dense limit")
     axes[0].legend(title="by")
     figure.savefig(path, dpi=120)
