@@ -54,3 +54,15 @@ class MissingPackageError(BackendError, ImportError):
 
 class FileError(PerdureError, OSError):
     """A file that cannot be read as what it should be."""
+
+
+class StoreError(FileError):
+    """A durable store that cannot do what was asked now: held by another writer, out of space, or closed."""
+
+
+class QuotaError(PerdureError):
+    """A write that would exceed a quota; nothing of it has been kept."""
+
+
+class ForkError(PerdureError, RuntimeError):
+    """Something that does not survive a fork, used in the child."""

@@ -14,6 +14,8 @@ from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
+from .file import Savable
+from .lock import ReadWriteLock
 from .row import Row
 from .state import pack, required, unpack
 
@@ -21,7 +23,7 @@ DTYPES = ("float32", "float16", "float64")
 INDEXES = ("exact",)
 
 
-class KNNMemory:
+class KNNMemory(Savable):
     """Bounded memory of (key, value) pairs per row and head, read by attention over the k nearest keys.
 
     Parameters
@@ -85,6 +87,7 @@ class KNNMemory:
         self.space, self.dtype = checks.choice("space", space, SPACES), checks.choice("dtype", dtype, DTYPES)
         self.index = checks.choice("index", index, INDEXES)
         self._rows = [self._empty() for _ in range(self.rows)]
+        self._lock = ReadWriteLock()
 
     def _empty(self) -> Row:
         return Row(self.heads, self.dim, self.value_dim, self.capacity, np.dtype(self.dtype))
@@ -143,11 +146,12 @@ class KNNMemory:
         if tags is not None:
             tags = np.full(tokens, tags) if isinstance(tags, int) else tags
             tags = token_array("tags", tags, tokens, "integral").astype(np.int64)
-        for i, row in enumerate(chosen):
-            self._rows[row].reserve(int(present[i].sum()), tags is not None)
-        for i, row in enumerate(chosen):
-            kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
-            self._rows[row].write(keys[i][:, kept], values[i][:, kept], None if tags is None else tags[i][kept])
+        with self._lock.writing:
+            for i, row in enumerate(chosen):
+                self._rows[row].reserve(int(present[i].sum()), tags is not None)
+            for i, row in enumerate(chosen):
+                kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
+                self._rows[row].write(keys[i][:, kept], values[i][:, kept], None if tags is None else tags[i][kept])
 
     def search(self, queries: Any, k: int, rows: Sequence[int] | None = None) -> Neighbours:
         """The k nearest stored tokens of every query, with their keys and values.
@@ -172,10 +176,12 @@ class KNNMemory:
         ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
         """
         found = []
-        for row, grouped in self._grouped(queries, rows, k):
-            scores, positions = row.search(grouped, k, self.space)
-            taken = row.gather(positions)
-            found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading:
+            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
+                scores, positions = row.search(numbers, k, self.space)
+                taken = row.gather(positions)
+                found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
 
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
@@ -203,10 +209,12 @@ class KNNMemory:
         """
         scale = 1 / math.sqrt(self.dim) if scale is None else scale
         found = []
-        for row, grouped in self._grouped(queries, rows, k):
-            scores, positions = row.search(grouped, k, self.space)
-            output, lse = row.attend(grouped, positions, scale)
-            found.append((output, lse, scores, positions, row.tags_at(positions)))
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading:
+            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
+                scores, positions = row.search(numbers, k, self.space)
+                output, lse = row.attend(numbers, positions, scale)
+                found.append((output, lse, scores, positions, row.tags_at(positions)))
         outputs, lses, *rest = zip(*found, strict=True)
         scores, positions, tags = (self._ungrouped(parts, queries) for parts in rest)
         output, lse = self._ungrouped(outputs, queries), self._ungrouped(lses, queries, computing_dtype(queries))
@@ -220,14 +228,17 @@ class KNNMemory:
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        for row in self._chosen(rows):
-            self._rows[row] = self._empty()
+        chosen = self._chosen(rows)
+        with self._lock.writing:
+            for row in chosen:
+                self._rows[row] = self._empty()
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
-        arrays = {"written": self.written}
-        for i, row in enumerate(self._rows):
-            arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays().items()}
+        with self._lock.reading:
+            arrays = {"written": self.written}
+            for i, row in enumerate(self._rows):
+                arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays().items()}
         names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype", "index")
         return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
 
@@ -261,8 +272,8 @@ class KNNMemory:
             raise ArgumentError("rows", f"distinct rows below {self.rows}", str(chosen), "Name each row once.")
         return chosen
 
-    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> list[tuple[Row, np.ndarray]]:
-        """Every chosen row with its queries (heads, group x q, dim), validated."""
+    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> tuple[list[int], np.ndarray]:
+        """The chosen rows, and their queries (rows, heads, group x q, dim), validated."""
         chosen = self._chosen(rows)
         checks.count("k", k)
         checks.floating_arrays(queries=queries)
@@ -277,14 +288,14 @@ class KNNMemory:
             )
         numbers = to_numpy(queries)
         checks.measurable(queries=numbers)
-        grouped = numbers.reshape(len(chosen), self.heads, -1, self.dim)
-        return [(self._rows[row], grouped[i]) for i, row in enumerate(chosen)]
+        return chosen, numbers.reshape(len(chosen), self.heads, -1, self.dim)
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
         """The rows' results (heads, group x q, ...) as one array (rows, query_heads, q, ...) in the caller's framework."""
-        if parts[0] is None:
+        given = next((part for part in parts if part is not None), None)
+        if given is None:
             return None
-        stacked = np.stack(parts)
+        stacked = np.stack([np.full_like(given, -1) if part is None else part for part in parts])  # only tags are None
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
 
 

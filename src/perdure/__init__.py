@@ -17,17 +17,21 @@ _HOMES = {
     "perdure.core.density": ["expected_value"],
     "perdure.core.retrieval": ["Neighbours", "top_k"],
     "perdure.core.signal": ["Signal", "fit"],
+    "perdure.memory.file": ["load", "save"],
     "perdure.memory.knn": ["KNNMemory"],
     "perdure.backends.errors": [
         "ArgumentError",
         "BackendError",
         "DTypeError",
         "FileError",
+        "ForkError",
         "FrameworkError",
         "MissingPackageError",
         "NonFiniteError",
         "PerdureError",
+        "QuotaError",
         "ShapeError",
+        "StoreError",
     ],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
