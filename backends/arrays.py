@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FrameworkError, MissingPackageError
+from .errors import BackendError, FrameworkError, MissingPackageError
 
 _ARRAY_TYPES = {"torch": "Tensor", "cupy": "ndarray"}
 STANDARD = "array-api"  # any other framework that speaks the array API standard: the formulas run on it as they stand
@@ -30,6 +30,16 @@ def framework(array: Any) -> str | None:
     return STANDARD if hasattr(array, "__array_namespace__") and not isinstance(array, np.generic) else None
 
 
+def known_framework(argument: str, array: Any) -> str:
+    """`framework(array)`, or FrameworkError where `array` is none."""
+    name = framework(array)
+    if name is None:
+        raise FrameworkError(
+            argument, "an array of NumPy, PyTorch or CuPy", type(array).__name__, f"Pass np.asarray({argument})."
+        )
+    return name
+
+
 def common_framework(**arrays: Any) -> str:
     """The one framework all of `arrays` (by argument name; None is skipped) belong to.
 
@@ -42,12 +52,9 @@ def common_framework(**arrays: Any) -> str:
     for argument, array in arrays.items():
         if array is None:
             continue
-        name = framework(array)
-        if name is None:
-            raise FrameworkError(
-                argument, "an array of NumPy, PyTorch or CuPy", type(array).__name__, f"Pass np.asarray({argument})."
-            )
-        seen[argument] = (name, getattr(array, "device", None))
+        seen[argument] = (known_framework(argument, array), getattr(array, "device", None))
+    if not seen:
+        known_framework(next(iter(arrays)), None)
     (first, (name, device)), *others = seen.items()
     for argument, (other, other_device) in others:
         if other != name:
@@ -83,20 +90,34 @@ def namespace(array: Any) -> ModuleType | Any:
 
 
 def optional_import(module: str, extra: str) -> ModuleType:
-    """Import a package that an extra brings, or raise MissingPackageError with its install line."""
+    """Import a package that an extra brings.
+
+    Raises
+    ------
+    MissingPackageError
+        It is not installed; the remedy is the install line.
+    BackendError
+        It is installed and fails to import.
+    """
+    package = module.partition(".")[0].replace("_", "-")
+    install = f'pip install "perdure[{extra}]"'
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0].replace("_", "-")
-        raise MissingPackageError(
-            package, "an installed package", f"none ({error})", f'Run: pip install "perdure[{extra}]"'
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(package, "an installed package", f"none ({error})", f"Run: {install}") from error
+    except (ImportError, OSError) as error:  # OSError: a shared library of its own that does not load
+        raise BackendError(
+            package, "a package that can be imported", str(error), f"Reinstall it: {install} --force-reinstall"
         ) from error
 
 
 def is_floating(array: Any) -> bool:
-    """Whether `array` holds real floating-point numbers (bfloat16 of torch included)."""
-    if framework(array) == "torch":
+    """Whether `array` holds real floating-point numbers that backends compute with: bfloat16 yes, long double no."""
+    name = framework(array)
+    if name == "torch":
         return bool(array.is_floating_point())
+    if name == "numpy":
+        return array.dtype.kind == "f" and array.dtype.itemsize <= 8
     return bool(namespace(array).isdtype(array.dtype, "real floating"))
 
 
@@ -109,3 +130,12 @@ def computing_dtype(*arrays: Any) -> Any:
     """The dtype floating `arrays` of one framework are computed in together: the widest of theirs, at least float32."""
     xp = namespace(arrays[0])
     return functools.reduce(xp.promote_types if xp is np else xp.result_type, (a.dtype for a in arrays), xp.float32)
+
+
+def narrow(array: Any, dtype: Any) -> Any:
+    """`array` in a floating `dtype`; what leaves its range becomes its largest number, not infinity."""
+    xp = namespace(array)
+    largest = xp.finfo(dtype).max
+    if largest < xp.finfo(array.dtype).max:
+        array = xp.where(xp.isinf(array), array, xp.clip(array, -largest, largest))
+    return cast(array, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PerdureError(Exception):
     """Base of every error perdure raises on purpose.
@@ -17,8 +19,11 @@ class PerdureError(Exception):
     """
 
     def __init__(self, argument: str, expected: str, received: str, remedy: str):
-        super().__init__(argument, expected, received, remedy)
+        Exception.__init__(self, argument, expected, received, remedy)  # not OSError's, which reads meaning into them
         self.argument, self.expected, self.received, self.remedy = argument, expected, received, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.argument, self.expected, self.received, self.remedy)
 
     def __str__(self) -> str:
         return f"{self.argument}: expected {self.expected}, got {self.received}. {self.remedy}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import STANDARD, cast, computing_dtype, framework, is_floating, namespace
+from .arrays import STANDARD, cast, computing_dtype, framework, is_floating, namespace, narrow
 from .registry import load
 
 
@@ -29,4 +29,4 @@ def like(array: np.ndarray, reference: Any, dtype: Any = None) -> Any:
         given = namespace(reference).asarray(array, device=reference.device)
     else:
         given = load(home).from_numpy(array, reference.device)
-    return cast(given, reference.dtype if dtype is None else dtype) if is_floating(given) else given
+    return narrow(given, reference.dtype if dtype is None else dtype) if is_floating(given) else given

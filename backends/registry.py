@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from .arrays import STANDARD, cast, common_framework, computing_dtype, framework, is_floating
+from .arrays import STANDARD, cast, common_framework, computing_dtype, framework, is_floating, narrow
 from .errors import ArgumentError, BackendError
 
 DEFAULT = "numba"
@@ -60,21 +60,20 @@ class Kernel:
             return self.formula(*args)
         name = current_backend() if home == "numpy" else home
         module = load(name)
-        carry_in, carry_out = getattr(module, "from_numpy", None), getattr(module, "to_numpy", None)
-        travels = home == "numpy" and carry_in is not None
+        travels = home == "numpy" and hasattr(module, "from_numpy")
         if travels:
-            args = tuple(carry_in(a) if framework(a) == "numpy" else a for a in args)
+            args = tuple(module.from_numpy(a) if framework(a) == "numpy" else a for a in args)
         twin = getattr(module, self.name, None)
         result = NotImplemented if twin is None else twin(*args)
         if result is NotImplemented:
             result = self.formula(*args)
         if travels:
-            result = tuple(map(carry_out, result)) if isinstance(result, tuple) else carry_out(result)
+            result = tuple(map(module.to_numpy, result)) if isinstance(result, tuple) else module.to_numpy(result)
         return result
 
     @staticmethod
     def _narrow(result: Any, dtype: Any) -> Any:
-        return cast(result, dtype) if is_floating(result) else result
+        return narrow(result, dtype) if is_floating(result) else result
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"
@@ -125,7 +124,12 @@ def load(name: str) -> ModuleType:
         )
     module = _modules[name]
     if isinstance(module, str):
-        module = importlib.import_module(module)
+        try:
+            module = importlib.import_module(module)
+        except ImportError as error:
+            raise BackendError(
+                name, "a module that can be imported", str(error), f"Repair {module}, or choose another backend."
+            ) from error
     getattr(module, "probe", lambda: None)()
     return module
 

@@ -1,4 +1,6 @@
-"""PyTorch: the formulas with autograd; CPU tensors that need no gradient share memory with the Numba twins."""
+"""PyTorch: the formulas with autograd. CPU tensors that need no gradient share memory with the Numba twins,
+unless PyTorch itself was asked for with PERDURE_BACKEND or perdure.backend.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import framework, namespace, optional_import
+from .registry import current_backend
 
 
 def probe() -> None:
@@ -34,9 +37,8 @@ def _through_numba(name: str, args: tuple[Any, ...]) -> Any:
     import torch
 
     tensors = [a for a in args if framework(a) == "torch"]
-    if torch.compiler.is_compiling() or any(
-        t.device.type != "cpu" or (torch.is_grad_enabled() and t.requires_grad) for t in tensors
-    ):
+    needs_torch = any(t.device.type != "cpu" or (torch.is_grad_enabled() and t.requires_grad) for t in tensors)
+    if needs_torch or torch.compiler.is_compiling() or current_backend() == "torch":
         return NotImplemented
     from . import numba
 
@@ -52,3 +54,11 @@ def retrieve(*args: Any) -> Any:
 
 def attention(*args: Any) -> Any:
     return _through_numba("attention", args)
+
+
+def gaussians(*args: Any) -> Any:
+    return _through_numba("gaussians", args)
+
+
+def expected_basis(*args: Any) -> Any:
+    return _through_numba("expected_basis", args)

@@ -61,8 +61,8 @@ def attend(
 
     Raises
     ------
-    ShapeError, DTypeError, FrameworkError
-        Arrays that do not fit together.
+    ShapeError, DTypeError, FrameworkError, ArgumentError
+        Arrays that do not fit together, or positions outside the keys.
 
     Notes
     -----
@@ -79,13 +79,12 @@ def attend(
         if not xp.isdtype(positions.dtype, "integral"):
             raise DTypeError("positions", "integers", str(positions.dtype), "Pass the positions top_k returned.")
         checks.shape("positions", positions, queries.shape[-2], "k")
+        checks.within("positions", positions, -1, keys.shape[-2] - 1)
     width = keys.shape[-2] if positions is None else positions.shape[-1]
     checks.mask(mask, lead, queries.shape[-2], width)
     if scale is None:
         scale = 1 / math.sqrt(max(queries.shape[-1], 1))
-    if (
-        keys.shape[-2] == 0 or width == 0
-    ):  # nothing to attend to: one forbidden key keeps the graph and the formula whole
+    if keys.shape[-2] == 0 or width == 0:  # nothing to attend to: one forbidden key keeps graph and formula whole
         keys, values = (xp.zeros((1, a.shape[-1]), dtype=a.dtype, device=a.device) for a in (keys, values))
         positions, mask = None, xp.zeros((1, 1), dtype=xp.bool, device=queries.device)
     return Reading(*attention(queries, keys, values, positions, scale, mask, 0))
@@ -225,7 +224,7 @@ def gate(memory_output: Any, local_output: Any, bias: Any) -> Any:
 def gated(local: Any, memory: Any, lse: Any, bias: Any) -> Any:
     """g memory + (1 - g) local with g = 1 / (1 + e^-bias), and g = 0 where lse = -inf."""
     xp = namespace(local)
-    share = (1 / (1 + xp.exp(-bias)))[:, None, None]  # (heads, 1, 1)
+    share = ((1 + xp.tanh(bias / 2)) / 2)[:, None, None]  # (heads, 1, 1); the sigmoid without an overflow
     if lse is not None:
         share = xp.where((lse > -math.inf)[..., None], share, xp.zeros_like(share))
     return share * memory + (1 - share) * local

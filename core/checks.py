@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backends.arrays import cast, common_framework, computing_dtype, framework, is_floating, namespace
+import numpy as np
+
+from ..backends.arrays import (
+    cast,
+    common_framework,
+    computing_dtype,
+    framework,
+    is_floating,
+    known_framework,
+    namespace,
+)
 from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 
 
@@ -29,7 +39,10 @@ def shape(argument: str, array: Any, *expected: int | str) -> None:
     Raises
     ------
     ShapeError
+    FrameworkError
+        `array` is no array: what may be left out is checked only where it is given.
     """
+    known_framework(argument, array)
     actual = tuple(array.shape)
     tail = actual[len(actual) - len(expected) :]
     if len(actual) < len(expected) or any(isinstance(e, int) and e != a for e, a in zip(expected, tail, strict=True)):
@@ -109,6 +122,20 @@ def mask(mask: Any, lead: tuple[int, ...], queries: int, keys: int) -> None:
         raise ShapeError("mask", f"a shape that broadcasts to {full}", str(axes), "Add or drop leading axes.")
 
 
+def within(argument: str, array: Any, least: float, most: float) -> None:
+    """Every number of `array` is between `least` and `most`, both allowed.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    xp = namespace(array)
+    if not bool(xp.all((array >= least) & (array <= most))):
+        raise ArgumentError(
+            argument, f"numbers from {least} to {most}", "one outside", f"Check what {argument} refers to."
+        )
+
+
 def finite(**arrays: Any) -> None:
     """Every number of every array is finite; None is skipped.
 
@@ -135,9 +162,10 @@ def measurable(**vectors: Any) -> None:
             continue
         xp = namespace(array)
         wide = cast(array, computing_dtype(array))
-        if not bool(xp.all(xp.isfinite(4 * xp.sum(wide * wide, axis=-1)))):
-            if framework(array) is not None:
-                finite(**{argument: array})
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is about to be told
+            squares = 4 * xp.sum(wide * wide, axis=-1)
+        if not bool(xp.all(xp.isfinite(squares))):
+            finite(**{argument: array})
             raise NonFiniteError(
                 argument,
                 "vectors whose squared norm stays within the dtype's range",

@@ -95,7 +95,9 @@ def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int)
         scores = xp.where(mask, scores, nothing)
     n, missing = keys.shape[-2], max(k - keys.shape[-2], 0)
     newest_first = xp.flip(scores, axis=-1)
-    order = xp.argsort(-newest_first, axis=-1, stable=True)[..., :k]  # stable: the newest of equals comes first
+    order = xp.argsort(-newest_first, axis=-1, stable=True)[
+        ..., : min(k, n)
+    ]  # stable: the newest of equals comes first
     best = xp.take_along_axis(newest_first, order, axis=-1)
     positions = xp.where(best > -math.inf, n - 1 - order, -1)
     if missing:

@@ -135,9 +135,9 @@ class KNNMemory(Savable):
         """
         chosen = self._chosen(rows)
         checks.floating_arrays(keys=keys, values=values)
+        exactly(4, keys=keys, values=values)
         checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim)
         checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim)
-        exactly(4, keys=keys, values=values)
         tokens = (len(chosen), keys.shape[2])
         keys, values = (stored_as(a, self.dtype) for a in (to_numpy(keys), to_numpy(values)))
         checks.measurable(keys=keys)
@@ -291,11 +291,11 @@ class KNNMemory(Savable):
         return chosen, numbers.reshape(len(chosen), self.heads, -1, self.dim)
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
-        """The rows' results (heads, group x q, ...) as one array (rows, query_heads, q, ...) in the caller's framework."""
-        given = next((part for part in parts if part is not None), None)
-        if given is None:
+        """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
+        if all(part is None for part in parts):
             return None
-        stacked = np.stack([np.full_like(given, -1) if part is None else part for part in parts])  # only tags are None
+        shape = next(part.shape for part in parts if part is not None)
+        stacked = np.stack([np.full(shape, -1) if part is None else part for part in parts])  # a row without tags
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
 
 

@@ -77,7 +77,7 @@ class Row:
         self.written += n
 
     def search(self, queries: np.ndarray, k: int, space: str) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions in the row's whole history, (heads, q, k), of the k best of `queries` (heads, q, dim)."""
+        """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""
         scores, ages = retrieve(queries, self.keys[:, : self.stored], k, space, None, self.start)
         return scores, np.where(ages >= 0, ages + self.oldest, -1)
 
@@ -94,17 +94,20 @@ class Row:
         """Tags at `positions` (heads, q, k), -1 where the position is -1; None where no tags are kept."""
         if self.tags is None or self.stored == 0:
             return None if self.tags is None else np.full(positions.shape, -1, np.int64)
-        return np.where(positions >= 0, self.tags[0, positions % self.capacity], -1)
+        return np.where(positions >= 0, self.tags[0, self.slots(positions)], -1)
+
+    def slots(self, positions: np.ndarray) -> np.ndarray:
+        """Where the tokens at `positions` stand; slot 0 for the position -1 of no token."""
+        return np.where(positions >= 0, positions % self.capacity, 0)
 
     def gather(self, positions: np.ndarray) -> dict[str, np.ndarray | None]:
         """Keys, values and tags at `positions` (heads, q, k); zeros, and tag -1, where the position is -1."""
         heads = np.arange(positions.shape[0])[:, None, None]
-        found = positions >= 0
-        slots = np.where(found, positions % self.capacity, 0)
+        slots, found = self.slots(positions), (positions >= 0)[..., None]
         taken = {"tags": self.tags_at(positions)}
         for name, array in (("keys", self.keys), ("values", self.values)):
             entries = np.zeros((*positions.shape, array.shape[2]), array.dtype)
             if self.stored:
-                np.multiply(array[heads, slots], found[..., None], out=entries)
+                np.multiply(array[heads, slots], found, out=entries)
             taken[name] = entries
         return taken

@@ -26,7 +26,7 @@ def unpack(kind: str, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         No state of a memory of this kind.
     """
     try:
-        config = json.loads(bytes(np.asarray(state["config"], np.uint8)))
+        config = json.loads(to_numpy(state["config"]).astype(np.uint8, casting="equiv").tobytes())
         found = config.pop("kind")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArgumentError(

@@ -4,6 +4,7 @@ Each function here is the faster twin of the kernel of the same name in core/, w
 """
 
 from .attention import attention
+from .basis import expected_basis, gaussians
 from .retrieval import retrieve
 
-__all__ = ["attention", "retrieve"]
+__all__ = ["attention", "expected_basis", "gaussians", "retrieve"]

@@ -13,8 +13,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "perdure.backends": ["available_backends", "backend"],
     "perdure.core.attention": ["Reading", "attend", "gate", "merge"],
-    "perdure.core.basis": ["Basis", "gaussian_basis"],
+    "perdure.core.basis": ["Basis", "gaussian_basis", "rectangular_basis"],
     "perdure.core.density": ["expected_value"],
+    "perdure.core.report": ["SignalReport"],
     "perdure.core.retrieval": ["Neighbours", "top_k"],
     "perdure.core.signal": ["Signal", "fit"],
     "perdure.memory.file": ["load", "save"],

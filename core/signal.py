@@ -1,0 +1,254 @@
+"""A signal x(t) = sum_j B_j psi_j(t) on [0, 1]: fitted to samples, evaluated anywhere, made longer at a fixed size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..backends.arrays import cast, computing_dtype, framework
+from ..backends.errors import ArgumentError, ShapeError
+from ..backends.exchange import like as like_of
+from ..backends.exchange import to_numpy
+from . import checks
+from .basis import Basis, positions_in
+from .positions import after_contraction, centred, fraction, resample
+from .report import SignalReport, signal_report
+from .ridge import CACHE, beside, fit_operator
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Signal:
+    """A continuous signal by its coefficients.
+
+    Attributes
+    ----------
+    coefficients : array (..., N, e)
+        B, in at least float32.
+    basis : Basis
+        psi.
+    ridge : float
+        Relative penalty of every fit.
+    dtype : dtype
+        That of the samples, which evaluations come back in.
+    segment : int
+        How many samples the last fit or update brought.
+    """
+
+    coefficients: Any
+    basis: Basis
+    ridge: float
+    dtype: Any
+    segment: int
+
+    def __repr__(self) -> str:
+        lead, width = tuple(self.coefficients.shape[:-2]), self.coefficients.shape[-1]
+        return f"<signal of width {width}, leading axes {lead}, on {self.basis!r}>"
+
+    def __call__(self, t: Any) -> Any:
+        """The signal at positions `t`.
+
+        Parameters
+        ----------
+        t : array (T,) or (..., T), or plain numbers
+            Positions in [0, 1], of the signal's framework.
+
+        Returns
+        -------
+        array (..., T, e)
+
+        Raises
+        ------
+        FrameworkError, DTypeError, NonFiniteError, ArgumentError, ShapeError
+
+        Notes
+        -----
+        O(T N e). Gradients reach the coefficients and `t`.
+        """
+        t = positions_in("t", t, self.coefficients)
+        checks.shape("t", t, "T")
+        checks.leading(coefficients=(self.coefficients, 2), t=(t, 1))
+        psi = self.basis(cast(t, self.coefficients.dtype))  # (..., T, N)
+        return cast(psi @ self.coefficients, self.dtype)
+
+    def update(
+        self,
+        x_new: Any,
+        contraction: float = 0.5,
+        samples: int = 512,
+        where: Any = None,
+        rng: np.random.Generator | None = None,
+    ) -> Signal:
+        """The signal squeezed into [0, contraction], with new samples in the room that makes.
+
+        Parameters
+        ----------
+        x_new : array (..., L, e)
+            Any L of at least 1; leading axes as the signal's.
+        contraction : float
+            tau, strictly between 0 and 1.
+        samples : int
+            M: at how many positions the old signal is looked at.
+        where : array (..., D), optional
+            Attention over D equal bins of [0, 1]: the old signal is looked at where its mass lies (sticky memory), and
+            uniformly in rows without mass. Leading axes broadcast to the signal's.
+        rng : numpy.random.Generator, optional
+            Offsets the positions of a sticky update, one draw a row; without it they are the central ones.
+
+        Returns
+        -------
+        Signal
+            Of the same size. This one is left as it is.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
+
+        Notes
+        -----
+        Without `where` B' = C B + G^T X, with C (N, N) made once: O(N² e + N L e). With it O(M N e) more.
+        Gradients reach the coefficients and `x_new`. Source: ∞-former (arXiv 2109.00301), sections 3.2 and 3.3.
+        Differs from the paper in that both parts are sampled at midpoints.
+        """
+        tau, M = fraction("contraction", contraction), checks.count("samples", samples)
+        B = self.coefficients
+        checks.floating_arrays(coefficients=B, x_new=x_new)
+        checks.shape("x_new", x_new, *B.shape[:-2], "L", B.shape[-1])
+        if x_new.ndim != B.ndim or x_new.shape[-2] == 0:
+            wanted = f"leading axes {tuple(B.shape[:-2])} and L of at least 1"
+            raise ShapeError("x_new", wanted, str(tuple(x_new.shape)), "Pass as many rows as the signal has.")
+        checks.measurable(x_new=x_new)
+        x_new = cast(x_new, B.dtype)
+        old, new = after_contraction(tau, M, x_new.shape[-2])
+        operator = fit_operator(self.basis, np.concatenate([old, new]), self.ridge)
+        G = operator.beside(B)  # (N, M + L)
+        if where is None:
+            key = (operator.key, M, "recurrence")
+
+            def recurrence() -> np.ndarray:
+                return operator.matrix[:, :M] @ self.basis(centred(M))  # (N, N)
+
+            C = beside(key, CACHE.get(key, recurrence, lambda made: made.nbytes), B)
+            kept = C @ B
+        else:
+            t = like_of(resample(self._histogram(where), M, rng), B)
+            kept = G[:, :M] @ (self.basis(t) @ B)
+        return replace(self, coefficients=kept + G[:, M:] @ x_new, segment=x_new.shape[-2])
+
+    def _histogram(self, where: Any) -> np.ndarray:
+        """`where` as float64 (..., D) in host memory, with the signal's leading axes."""
+        if framework(where) is None:
+            where = np.asarray(where, dtype=np.float64)
+        checks.floating_arrays(where=where)
+        checks.shape("where", where, "D")
+        lead = tuple(self.coefficients.shape[:-2])
+        checks.leading(coefficients=(self.coefficients, 2), where=(where, 1))
+        if where.shape[-1] == 0 or where.ndim - 1 > len(lead):
+            raise ShapeError("where", f"(..., D) with leading axes {lead}", str(tuple(where.shape)), "Reshape it.")
+        return np.broadcast_to(to_numpy(where).astype(np.float64), (*lead, where.shape[-1]))
+
+    def report(
+        self,
+        segment: int | None = None,
+        contraction: float = 0.5,
+        samples: int = 512,
+        features: int | None = None,
+    ) -> SignalReport:
+        """What this signal can hold if it is updated from here on with segments of `segment` samples.
+
+        Parameters
+        ----------
+        segment : int, optional
+            L; that of the last fit or update by default.
+        contraction : float
+        samples : int
+        features : int, optional
+            How many independent features a segment carries, from 1 to L; L/16 by default, at least 1.
+
+        Returns
+        -------
+        SignalReport
+
+        Raises
+        ------
+        ArgumentError
+        """
+        return signal_report(self.basis, self.ridge, segment or self.segment, contraction, samples, features)
+
+
+def fit(x: Any, basis: Basis, ridge: float = 1e-3, positions: Any = None) -> Signal:
+    """The signal on `basis` nearest to samples, by ridge regression.
+
+    Parameters
+    ----------
+    x : array (..., L, e)
+        L samples of e numbers.
+    basis : Basis
+    ridge : float
+        Penalty on the coefficients, relative to the mean square of a basis function over the samples; at least 0.
+    positions : array (L,), optional
+        Where in [0, 1] the samples stand, the same for all leading axes; the midpoints of L equal parts by default.
+
+    Returns
+    -------
+    Signal
+        With coefficients (..., N, e).
+
+    Raises
+    ------
+    ShapeError, DTypeError, FrameworkError, NonFiniteError
+        Arrays that do not fit, or that hold NaN or infinity.
+    ArgumentError
+        L of 0, positions outside [0, 1], samples that no basis function reaches, or a ridge so small that the fit has
+        no meaning.
+
+    Notes
+    -----
+    The factorisation is made in float64 once for a basis, positions and ridge, and shared: O(N² (N + L)). After that a
+    fit is one matrix product, O(N L e). Gradients reach `x`.
+    Source: ∞-former (arXiv 2109.00301), equations 4 to 6. Differs from the paper in the scale of the penalty and in
+    fitting no zeros outside [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np, perdure
+    >>> x = np.sin(np.linspace(0, 6, 200))[:, None]
+    >>> signal = perdure.fit(x, perdure.gaussian_basis(32), ridge=1e-4)
+    >>> bool(abs(signal([0.5])[0, 0] - np.sin(3)) < 1e-3)
+    True
+    """
+    checks.floating_arrays(x=x)
+    checks.shape("x", x, "L", "e")
+    length = x.shape[-2]
+    if length == 0:
+        raise ShapeError("x", "at least one sample, (..., L, e)", str(tuple(x.shape)), "Pass samples to fit.")
+    if not isinstance(basis, Basis):
+        raise ArgumentError("basis", "a Basis", type(basis).__name__, "Pass perdure.gaussian_basis(n).")
+    ridge = penalty(ridge)
+    checks.measurable(x=x)
+    where = centred(length)
+    if positions is not None:
+        positions = positions_in("positions", positions, x)
+        if tuple(positions.shape) != (length,):
+            raise ShapeError("positions", f"({length},)", str(tuple(positions.shape)), "Pass one position a sample.")
+        where = to_numpy(positions).astype(np.float64)
+    wide = cast(x, computing_dtype(x))
+    coefficients = fit_operator(basis, where, ridge).beside(wide) @ wide
+    return Signal(coefficients, basis, ridge, x.dtype, length)
+
+
+def penalty(ridge: Any) -> float:
+    """`ridge` as a finite float of at least 0.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    try:
+        number = float(ridge)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 <= number < float("inf"):
+        raise ArgumentError("ridge", "a finite number of at least 0", repr(ridge), "Pass ridge=1e-3.")
+    return number

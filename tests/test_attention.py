@@ -1,0 +1,142 @@
+"""attend, merge and gate: what the papers' equations say, and what must hold at the edges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import strategies
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import perdure
+
+
+def softmax_attention(queries, keys, values, scale, mask):
+    """The textbook in float64, one query at a time; None where it may attend to nothing."""
+    for i, query in enumerate(queries):
+        scores = [scale * float(query @ key) for key, allowed in zip(keys, mask[i], strict=True) if allowed]
+        if not scores:
+            yield np.zeros(values.shape[1]), -np.inf
+            continue
+        weights = np.exp(np.array(scores) - max(scores))
+        yield weights / weights.sum() @ values[mask[i]], max(scores) + np.log(weights.sum())
+
+
+@given(data=st.data())
+def test_attend_is_the_textbook_softmax(data):
+    q, n, d, dv = (data.draw(st.integers(1, 6)) for _ in range(4))
+    queries, keys, values = (data.draw(strategies.values(shape)) for shape in ((q, d), (n, d), (n, dv)))
+    mask = data.draw(strategies.masks((q, n)))
+    reading = perdure.attend(queries, keys, values, scale=0.3, mask=mask)
+    expected = list(softmax_attention(queries, keys, values, 0.3, mask))
+    np.testing.assert_allclose(reading.output, [output for output, _ in expected], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(reading.lse, [lse for _, lse in expected], rtol=1e-9, atol=1e-9)
+
+
+def test_scale_defaults_to_one_over_root_d(rng):
+    queries, keys, values = rng.standard_normal((3, 16)), rng.standard_normal((5, 16)), rng.standard_normal((5, 2))
+    default, explicit = perdure.attend(queries, keys, values), perdure.attend(queries, keys, values, scale=0.25)
+    np.testing.assert_array_equal(default.output, explicit.output)
+    assert np.abs(default.lse - perdure.attend(queries, keys, values, scale=1.0).lse).max() > 0.1
+
+
+def test_neighbours_of_all_keys_are_all_keys(rng):
+    queries, keys, values = (rng.standard_normal((2, 3, n, 8)) for n in (4, 10, 10))
+    near = perdure.top_k(queries, keys, k=12)
+    every, chosen = perdure.attend(queries, keys, values), perdure.attend(queries, keys, values, near.positions)
+    np.testing.assert_allclose(every.output, chosen.output, atol=1e-12)
+    np.testing.assert_allclose(every.lse, chosen.lse, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_nothing_to_attend_to_is_zero_with_finite_gradients(n):
+    queries = torch.ones(2, 3, requires_grad=True)
+    keys, values = torch.ones(n, 3, requires_grad=True), torch.ones(n, 5, requires_grad=True)
+    reading = perdure.attend(queries, keys, values, mask=torch.zeros(2, n, dtype=torch.bool))
+    assert (reading.output == 0).all()
+    assert (reading.lse == -torch.inf).all()
+    gradients = torch.autograd.grad(reading.output.sum(), [queries, keys, values], allow_unused=True)
+    assert all(g is None or (g == 0).all() for g in gradients)
+
+
+def test_a_forbidden_value_cannot_leak_through_infinity(rng):
+    """A masked key may score as high as it likes."""
+    keys, values = np.array([[1.0], [1e6]]), np.array([[1.0], [np.finfo(float).max]])
+    reading = perdure.attend(np.ones((1, 1)), keys, values, mask=np.array([[True, False]]))
+    assert reading.output.item() == 1.0
+
+
+@given(data=st.data())
+def test_merging_parts_is_attending_to_the_whole(data):
+    queries = data.draw(strategies.values((2, 5, 4)))
+    keys, values = data.draw(strategies.values((2, 9, 4))), data.draw(strategies.values((2, 9, 3)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, 9), max_size=3)))
+    bounds = list(zip([0, *cuts], [*cuts, 9], strict=True))
+    parts = [perdure.attend(queries, keys[:, a:b], values[:, a:b]) for a, b in bounds]
+    merged, whole = perdure.merge(*parts), perdure.attend(queries, keys, values)
+    np.testing.assert_allclose(merged.output, whole.output, rtol=1e-9, atol=1e-9 * np.abs(values).max(initial=1))
+    np.testing.assert_allclose(merged.lse, whole.lse, rtol=1e-9, atol=1e-9)
+
+
+def test_attend_merge_and_gate_have_the_gradients_of_their_formulas():
+    torch.manual_seed(0)
+    queries, keys, values = (torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5))
+    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    positions = torch.tensor([[0, 3, -1], [4, 1, 2], [-1, -1, -1], [2, 2, 0]]).expand(2, 4, 3)
+
+    def mixed(queries, keys, values, bias):
+        near = perdure.attend(queries, keys, values, positions)
+        local = perdure.attend(queries, values, keys)
+        both = perdure.merge(near, local)
+        return perdure.gate(near, both.output, bias), both.lse
+
+    assert torch.autograd.gradcheck(mixed, (queries, keys, values, bias))
+
+
+def test_gate_mixes_by_the_sigmoid_and_keeps_local_where_memory_is_empty(rng):
+    memory, local, bias = rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 3, 4)), np.array([0.0, 2.0])
+    share = (1 / (1 + np.exp(-bias)))[:, None, None]
+    expected = share * memory + (1 - share) * local
+    np.testing.assert_allclose(perdure.gate(memory, local, bias), expected, atol=1e-12)
+    lse = np.zeros((2, 3))
+    lse[0, 1] = -np.inf
+    mixed = perdure.gate(perdure.Reading(memory, lse), local, bias)
+    np.testing.assert_array_equal(mixed[0, 1], local[0, 1])
+    np.testing.assert_allclose(mixed[1], expected[1], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "argument", "error"),
+    [
+        ({"keys": np.ones((5, 4))}, "keys", perdure.ShapeError),
+        ({"values": np.ones((4, 2))}, "values", perdure.ShapeError),
+        ({"queries": np.ones(3)}, "queries", perdure.ShapeError),
+        ({"queries": np.ones((2, 3), int)}, "queries", perdure.DTypeError),
+        ({"queries": [[1.0, 2.0, 3.0]]}, "queries", perdure.FrameworkError),
+        ({"keys": torch.ones(5, 3)}, "keys", perdure.FrameworkError),
+        ({"positions": np.ones((2, 2))}, "positions", perdure.DTypeError),
+        ({"positions": np.ones((3, 2), int)}, "positions", perdure.ShapeError),
+        ({"positions": np.full((2, 2), 5)}, "positions", perdure.ArgumentError),
+        ({"positions": np.full((2, 2), -2)}, "positions", perdure.ArgumentError),
+        ({"mask": np.ones((2, 5))}, "mask", perdure.DTypeError),
+        ({"mask": np.ones((3, 5), bool)}, "mask", perdure.ShapeError),
+    ],
+)
+def test_what_attend_rejects(change, argument, error):
+    arguments = {"queries": np.ones((2, 3)), "keys": np.ones((5, 3)), "values": np.ones((5, 2))}
+    with pytest.raises(error) as caught:
+        perdure.attend(**(arguments | change))
+    assert caught.value.argument == argument
+
+
+def test_what_merge_and_gate_reject():
+    reading = perdure.attend(np.ones((2, 3)), np.ones((5, 3)), np.ones((5, 2)))
+    with pytest.raises(perdure.ArgumentError, match="readings"):
+        perdure.merge()
+    with pytest.raises(perdure.ArgumentError, match="Reading"):
+        perdure.merge(reading, reading.output)
+    with pytest.raises(perdure.ShapeError, match="output"):
+        perdure.merge(reading, perdure.Reading(reading.output[:1], reading.lse[:1]))
+    with pytest.raises(perdure.ShapeError, match="bias"):
+        perdure.gate(np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.zeros(3))

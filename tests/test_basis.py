@@ -1,0 +1,130 @@
+"""Basis functions: values, constructors, the fit operator and its cache."""
+
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
+from perdure.core import ridge
+from perdure.core.basis import Basis, gaussian_basis, gaussians, rectangular_basis
+from perdure.core.positions import centred
+from scipy import linalg, stats
+
+import perdure
+
+
+@given(strategies.args_gaussians())
+def test_gaussians_are_normal_densities(args):
+    t, centers, widths = args
+    wanted = stats.norm.pdf(t[:, None], centers, widths)
+    for name in ("numpy", "numba"):
+        with perdure.backend(name):
+            assert np.allclose(gaussians(*args), wanted, rtol=1e-12, atol=1e-12 / widths.min())
+
+
+@given(st.integers(1, 40), strategies.places())
+def test_rectangles_tile_the_unit_interval(n, t):
+    psi = rectangular_basis(n)(t)
+    assert psi.shape == (t.size, n)
+    assert np.array_equal(psi.sum(axis=1), np.ones(t.size))
+    assert np.array_equal(np.argmax(psi, axis=1), np.searchsorted(rectangular_basis(n).edges[1:-1], t, side="right"))
+
+
+def test_two_widths_are_interleaved():
+    basis = gaussian_basis(6, [0.2, 0.5])
+    assert basis.centers.tolist() == [0, 0, 0.5, 0.5, 1, 1]
+    assert basis.widths.tolist() == [0.2, 0.5] * 3
+    assert basis == gaussian_basis(6, (0.2, 0.5))
+    assert hash(basis) == hash(gaussian_basis(6, (0.2, 0.5)))
+    assert basis != gaussian_basis(6, (0.2, 0.4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gaussian_basis(0),
+        lambda: gaussian_basis(-3),
+        lambda: gaussian_basis(2.5),
+        lambda: gaussian_basis(5, [0.3, 0.5]),
+        lambda: gaussian_basis(8, 0.05),
+        lambda: gaussian_basis(8, -1.0),
+        lambda: gaussian_basis(8, float("nan")),
+        lambda: gaussian_basis(8, []),
+        lambda: rectangular_basis(0),
+        lambda: Basis([0.5], [0.0]),
+        lambda: Basis([0.5, 0.6], [0.1]),
+        lambda: Basis([], []),
+        lambda: Basis([[0.5]], [[0.1]]),
+        lambda: Basis([0.2, 0.9], [0.1, 0.1], "rectangular"),
+        lambda: Basis([0.5], [0.1], "cubic"),
+        lambda: Basis([np.inf], [0.1]),
+    ],
+)
+def test_hopeless_bases_are_refused(make):
+    with pytest.raises(perdure.ArgumentError):
+        make()
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 64])
+@pytest.mark.parametrize("penalty", [1e-4, 1e-2, 1.0])
+def test_operator_solves_the_normal_equations(n, penalty):
+    basis, t = gaussian_basis(n), centred(50)
+    made = ridge.fit_operator(basis, t, penalty)
+    F = basis(t).T
+    gram = F @ F.T
+    lam = penalty * np.trace(gram) / n
+    assert np.allclose(made.penalty, lam)
+    wanted = linalg.solve(gram + lam * np.eye(n), F, assume_a="pos")
+    assert np.allclose(made.matrix, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
+    eigenvalues = np.maximum(linalg.eigvalsh(gram), 0)
+    assert np.isclose(made.degrees_of_freedom, (eigenvalues / (eigenvalues + lam)).sum())
+
+
+def test_qr_takes_over_and_agrees_with_least_squares():
+    basis, t = gaussian_basis(24, 0.1), centred(200)
+    made = ridge.fit_operator(basis, t, 1e-10)
+    assert made.condition > ridge.WELL_CONDITIONED
+    F, root = basis(t), np.sqrt(made.penalty)
+    x = np.sin(9 * t)
+    wanted = np.linalg.lstsq(np.vstack([F, root * np.eye(24)]), np.append(x, np.zeros(24)), rcond=None)[0]
+    assert np.allclose(F @ (made.matrix @ x), F @ wanted, atol=1e-7)
+
+
+def test_hopeless_fits_are_refused():
+    with pytest.raises(perdure.ArgumentError, match="ridge"):
+        ridge.fit_operator(gaussian_basis(24), centred(10), 0.0)
+    with pytest.raises(perdure.ArgumentError, match="ridge"):
+        ridge.fit_operator(gaussian_basis(64, 0.5), centred(200), 0.0)
+    with pytest.raises(perdure.ArgumentError, match="out of reach"):
+        ridge.fit_operator(Basis([0.25, 0.75], [1e-3, 1e-3]), centred(10), 1e-3)
+
+
+@given(st.integers(0, 2**32))
+def test_reach_is_that_of_the_nearest_function(seed):
+    rng = np.random.default_rng(seed)
+    basis = Basis(rng.random(5), rng.uniform(0.005, 0.05, 5))
+    t = np.sort(rng.random(20))
+    seen = (np.abs(t[:, None] - basis.centers) <= ridge.REACH * basis.widths).any(axis=1)
+    if seen.all():
+        ridge.fit_operator(basis, t, 1e-2)
+    else:
+        with pytest.raises(perdure.ArgumentError, match=f"{(~seen).sum()} of 20"):
+            ridge.fit_operator(basis, t, 1e-2)
+
+
+def test_cache_is_shared_and_bounded():
+    basis, t = gaussian_basis(16), centred(32)
+    assert ridge.fit_operator(basis, t, 1e-3) is ridge.fit_operator(gaussian_basis(16), t.copy(), 1e-3)
+    made = ridge.fit_operator(basis, t, 1e-3)
+    like = np.zeros(1, np.float32)
+    assert made.beside(like) is made.beside(like)
+    small = ridge.Cache(limit=100)
+    values = [small.get(i, lambda i=i: i, lambda _: 40) for i in range(10)]
+    assert values == list(range(10))
+    assert (len(small), small.nbytes) == (2, 80)
+    assert small.get(9, lambda: "made again", lambda _: 40) == 9
+    assert small.get("large", lambda: "large", lambda _: 101) == "large"
+    assert (len(small), small.nbytes) == (2, 80)
+    for length in range(1, 513):
+        ridge.fit_operator(basis, centred(length), 1e-3)
+    assert ridge.CACHE.nbytes <= ridge.CACHE_BYTES

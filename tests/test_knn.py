@@ -1,0 +1,279 @@
+"""KNNMemory against a list: whatever is written, masked, cleared and read, in whatever order."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import strategies
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from perdure.memory.protocol import Memory
+
+import perdure
+
+
+def fingerprint(memory):
+    """A hash of everything the memory would save."""
+    digest = hashlib.sha256()
+    for name, array in sorted(memory.state_dict().items()):
+        digest.update(name.encode() + str((array.dtype, array.shape)).encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+class AgainstALists(RuleBasedStateMachine):
+    """Every row is a Python list of (position, keys, values, tag); reading is a loop over it."""
+
+    @initialize(data=st.data())
+    def make(self, data):
+        self.rows, self.heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+        self.dim, self.width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+        self.capacity = data.draw(st.integers(1, 90))
+        self.space = data.draw(st.sampled_from(("ip", "cosine", "l2")))
+        self.memory = perdure.KNNMemory(
+            self.rows, self.heads, self.dim, self.capacity, value_dim=self.width, space=self.space, dtype="float64"
+        )
+        self.lists = [[] for _ in range(self.rows)]
+        self.counts = [0] * self.rows
+
+    def some_rows(self, data):
+        chosen = data.draw(st.none() | st.permutations(range(self.rows)))
+        return chosen if chosen is None else chosen[: data.draw(st.integers(1, self.rows))]
+
+    @rule(data=st.data(), n=st.one_of(st.integers(0, 10), st.integers(60, 200)))
+    def write(self, data, n):
+        rows = self.some_rows(data)
+        chosen = list(range(self.rows)) if rows is None else rows
+        keys = data.draw(strategies.values((len(chosen), self.heads, n, self.dim)))
+        values = data.draw(strategies.values((len(chosen), self.heads, n, self.width)))
+        mask = data.draw(st.none() | strategies.masks((len(chosen), n)))
+        tags = np.random.default_rng(n).integers(0, 99, (len(chosen), n)) if data.draw(st.booleans()) else None
+        self.memory.write(keys, values, rows=rows, mask=mask, tags=tags)
+        for i, row in enumerate(chosen):
+            for j in range(n):
+                if mask is None or mask[i, j]:
+                    tag = -1 if tags is None else tags[i, j]
+                    self.lists[row].append((self.counts[row], keys[i, :, j], values[i, :, j], tag))
+                    self.counts[row] += 1
+            self.lists[row] = self.lists[row][-self.capacity :]
+
+    @rule(data=st.data())
+    def clear(self, data):
+        rows = self.some_rows(data)
+        self.memory.clear(rows)
+        for row in range(self.rows) if rows is None else rows:
+            self.lists[row], self.counts[row] = [], 0
+
+    @rule()
+    def save_and_load(self):
+        before = fingerprint(self.memory)
+        self.memory = perdure.KNNMemory.from_state_dict(self.memory.state_dict())
+        assert fingerprint(self.memory) == before
+
+    @rule(data=st.data(), k=st.integers(1, 12), q=st.integers(0, 4), group=st.integers(1, 2))
+    def read(self, data, k, q, group):
+        rows = self.some_rows(data)
+        chosen = list(range(self.rows)) if rows is None else rows
+        queries = data.draw(strategies.values((len(chosen), group * self.heads, q, self.dim)))
+        near, reading = self.memory.search(queries, k, rows=rows), self.memory.read(queries, k, scale=0.5, rows=rows)
+        np.testing.assert_array_equal(near.positions, reading.neighbours.positions)
+        for i, row in enumerate(chosen):
+            for h in range(group * self.heads):
+                for j in range(q):
+                    self.check(row, h // group, queries[i, h, j], k, near, reading, (i, h, j))
+
+    def check(self, row, head, query, k, near, reading, at):
+        stored = {position: (keys[head], values[head], tag) for position, keys, values, tag in self.lists[row]}
+        found = [p for p in near.positions[at] if p >= 0]
+        assert len(found) == len(set(found)) == min(k, len(stored))
+        assert set(found) <= stored.keys()
+        scores = {p: self.score(query, key) for p, (key, _, _) in stored.items()}
+        size = max([1.0, *(abs(s) for s in scores.values())])
+        best = sorted(scores.values(), reverse=True)[: len(found)]
+        np.testing.assert_allclose(near.scores[at][: len(found)], best, rtol=0, atol=1e-9 * size)
+        np.testing.assert_allclose([scores[p] for p in found], best, rtol=0, atol=1e-9 * size)
+        for place, p in enumerate(found):
+            key, value, tag = stored[p]
+            np.testing.assert_array_equal(near.keys[at][place], key)
+            np.testing.assert_array_equal(near.values[at][place], value)
+            assert near.tags is None or near.tags[at][place] == tag
+        logits = np.array([0.5 * query @ stored[p][0] for p in found])
+        if found:
+            weights = np.exp(logits - logits.max())
+            output = weights / weights.sum() @ np.array([stored[p][1] for p in found])
+            np.testing.assert_allclose(reading.output[at], output, rtol=1e-9, atol=1e-6)
+            np.testing.assert_allclose(reading.lse[at], logits.max() + np.log(weights.sum()), rtol=1e-9, atol=1e-9)
+        else:
+            assert (reading.output[at] == 0).all()
+            assert reading.lse[at] == -np.inf
+
+    def score(self, query, key):
+        if self.space == "l2":
+            return -np.sum((query - key) ** 2)
+        norms = np.linalg.norm(query) * np.linalg.norm(key) if self.space == "cosine" else 1.0
+        return query @ key / norms if norms else 0.0
+
+    @invariant()
+    def counts_agree(self):
+        assert self.memory.tokens.tolist() == [len(entries) for entries in self.lists]
+        assert self.memory.written.tolist() == self.counts
+
+
+TestAgainstLists = AgainstALists.TestCase
+TestAgainstLists.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+
+
+def make(rows=2, heads=2, dim=4, capacity=8, **options):
+    return perdure.KNNMemory(rows, heads, dim, capacity, **options)
+
+
+def segment(rng, rows=2, heads=2, n=5, dim=4):
+    return rng.standard_normal((rows, heads, n, dim)), rng.standard_normal((rows, heads, n, dim))
+
+
+def test_it_is_a_memory():
+    assert isinstance(make(), Memory)
+
+
+def test_chunking_changes_nothing(rng):
+    keys, values = segment(rng, n=30)
+    whole, parts = make(capacity=13), make(capacity=13)
+    whole.write(keys, values)
+    for a, b in ((0, 1), (1, 1), (1, 14), (14, 30)):
+        parts.write(keys[:, :, a:b], values[:, :, a:b])
+    assert fingerprint_of_content(whole) == fingerprint_of_content(parts)
+
+
+def fingerprint_of_content(memory):
+    """A hash of what every stored token answers, whatever slot it lies in."""
+    near = memory.search(np.eye(4, dtype="f")[None, None].repeat(2, 0).repeat(2, 1), k=13)
+    return [a.tobytes() for a in (near.scores, near.positions, near.keys, near.values)]
+
+
+def test_a_cleared_row_is_gone_and_the_others_stay(rng):
+    memory = make()
+    keys, values = segment(rng)
+    memory.write(keys, values)
+    before = memory.read(keys, k=3)
+    memory.clear([1])
+    after = memory.read(keys, k=3)
+    np.testing.assert_array_equal(after.output[0], before.output[0])
+    assert (after.output[1] == 0).all()
+    assert (after.neighbours.positions[1] == -1).all()
+    memory.write(keys[1:], values[1:] + 1, rows=[1])
+    assert memory.search(keys, k=9).positions[1].max() == 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_torch_tensors_come_back_as_torch_tensors(dtype):
+    memory = make()
+    keys = torch.randn(2, 2, 5, 4).to(getattr(torch, dtype))
+    memory.write(keys, keys)
+    reading, near = memory.read(keys.requires_grad_(), k=2), memory.search(keys, k=2)
+    assert reading.output.dtype == near.scores.dtype == near.keys.dtype == keys.dtype
+    assert reading.lse.dtype == torch.promote_types(keys.dtype, torch.float32)
+    assert near.positions.dtype == torch.int64
+    assert not reading.output.requires_grad
+
+
+def test_read_is_attend_over_search(rng):
+    memory = make(capacity=64, dtype="float64")
+    keys, values = segment(rng, n=40)
+    memory.write(keys, values)
+    queries = rng.standard_normal((2, 6, 3, 4))
+    reading = memory.read(queries, k=5)
+    near = memory.search(queries, k=5)
+    keys, values = (a.repeat(3, axis=1) for a in (keys, values))
+    expected = perdure.attend(queries, keys, values, near.positions)
+    np.testing.assert_allclose(reading.output, expected.output, atol=1e-12)
+    np.testing.assert_allclose(reading.lse, expected.lse, atol=1e-12)
+
+
+def test_bytes_follow_what_is_stored(rng):
+    memory = make(capacity=100_000)
+    assert memory.nbytes == 0
+    memory.write(*segment(rng, n=1000))
+    assert 2 * 2 * 1000 * 8 * 4 <= memory.nbytes <= 2 * 2 * 2 * 1000 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "argument", "error"),
+    [
+        ({"keys": np.zeros((2, 2, 5, 3))}, "keys", perdure.ShapeError),
+        ({"keys": np.zeros((2, 3, 5, 4))}, "keys", perdure.ShapeError),
+        ({"keys": np.zeros((1, 2, 2, 5, 4))}, "keys", perdure.ShapeError),
+        ({"keys": np.zeros((2, 2, 5, 4), int)}, "keys", perdure.DTypeError),
+        ({"keys": np.full((2, 2, 5, 4), np.nan)}, "keys", perdure.NonFiniteError),
+        ({"keys": np.full((2, 2, 5, 4), 1e30)}, "keys", perdure.NonFiniteError),
+        ({"keys": np.full((2, 2, 5, 4), 1e300)}, "keys", perdure.NonFiniteError),
+        ({"values": np.full((2, 2, 5, 4), np.inf)}, "values", perdure.NonFiniteError),
+        ({"values": np.zeros((2, 2, 4, 4))}, "values", perdure.ShapeError),
+        ({"values": torch.zeros(2, 2, 5, 4)}, "values", perdure.FrameworkError),
+        ({"mask": np.ones((2, 4), bool)}, "mask", perdure.ShapeError),
+        ({"mask": np.ones((2, 5))}, "mask", perdure.DTypeError),
+        ({"mask": [[True] * 5] * 2}, "mask", perdure.FrameworkError),
+        ({"tags": np.zeros((2, 4), int)}, "tags", perdure.ShapeError),
+        ({"tags": np.zeros((2, 5))}, "tags", perdure.DTypeError),
+        ({"rows": [0, 2]}, "rows", perdure.ArgumentError),
+        ({"rows": [1, 1]}, "rows", perdure.ArgumentError),
+        ({"rows": [-1, 0]}, "rows", perdure.ArgumentError),
+        ({"rows": [1]}, "keys", perdure.ShapeError),
+    ],
+)
+def test_a_rejected_write_changes_nothing(rng, change, argument, error):
+    memory = make()
+    memory.write(*segment(rng))
+    before, (keys, values) = fingerprint(memory), segment(rng)
+    with pytest.raises(error) as caught:
+        memory.write(**({"keys": keys, "values": values} | change))
+    assert caught.value.argument == argument
+    assert fingerprint(memory) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"k": 0}, "k"),
+        ({"queries": np.zeros((2, 3, 1, 4))}, "queries"),
+        ({"queries": np.zeros((2, 0, 1, 4))}, "queries"),
+        ({"queries": np.zeros((2, 2, 1, 5))}, "queries"),
+        ({"queries": np.zeros((1, 2, 1, 4))}, "queries"),
+        ({"queries": np.full((2, 2, 1, 4), np.nan)}, "queries"),
+        ({"rows": [5]}, "rows"),
+    ],
+)
+def test_what_a_read_rejects(rng, change, argument):
+    memory = make()
+    memory.write(*segment(rng))
+    with pytest.raises(perdure.ArgumentError) as caught:
+        memory.read(**({"queries": np.zeros((2, 2, 1, 4)), "k": 2} | change))
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("rows", 0), ("heads", 0), ("dim", -1), ("capacity", 0), ("value_dim", 0), ("space", "dot"), ("dtype", "int3")],
+)
+def test_what_construction_rejects(argument, value):
+    with pytest.raises(perdure.ArgumentError) as caught:
+        make(**{argument: value})
+    assert caught.value.argument == argument
+
+
+@given(data=st.data())
+def test_an_altered_state_is_refused(data):
+    memory = make()
+    rng = np.random.default_rng(0)
+    memory.write(*segment(rng), tags=np.arange(10).reshape(2, 5))
+    state = memory.state_dict()
+    name = data.draw(st.sampled_from(sorted(state)))
+    damage = data.draw(st.sampled_from(("missing", "cut", "dtype")))
+    if damage == "missing" and not name.endswith("tags"):
+        del state[name]
+    else:
+        state[name] = state[name][:-1] if damage == "cut" else state[name].astype(np.complex64)
+    with pytest.raises(perdure.PerdureError):
+        perdure.KNNMemory.from_state_dict(state)
