@@ -109,6 +109,30 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def made_folder(path: Path, create: bool) -> None:
+    """There is a folder at `path`, no link to one; where there is nothing and `create`, make one, for its owner only.
+
+    Raises
+    ------
+    FileError
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError as error:
+        if not create:
+            raise FileError(str(path), "a folder", "nothing there", "Check the path.") from error
+        try:
+            os.mkdir(path, 0o700)
+            sync_folder(path.absolute().parent)
+        except OSError as failure:
+            raise FileError(str(path), "a folder that can be made", str(failure), "Check the path.") from failure
+        return
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISDIR(mode):
+        raise FileError(str(path), "a folder", _nature(mode), "Name the folder of a store.")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable (where folders can be flushed: not on Windows)."""
     if not hasattr(os, "O_DIRECTORY"):
@@ -126,5 +150,10 @@ def unreadable(path: Path, error: OSError) -> FileError:
 
 
 def _nature(mode: int) -> str:
-    natures = {stat.S_ISLNK: "a symbolic link", stat.S_ISFIFO: "a pipe", stat.S_ISDIR: "a folder"}
+    natures = {
+        stat.S_ISLNK: "a symbolic link",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISREG: "a file",
+    }
     return next((name for test, name in natures.items() if test(mode)), "a device or socket")

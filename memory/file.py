@@ -55,8 +55,8 @@ def save(memory: Memory, path: str | os.PathLike[str]) -> None:
     Notes
     -----
     The file is in safetensors format, and the safetensors library opens it. Its metadata hold, under "perdure", the
-    format's version, the SHA-256 of every array, and that of the header itself. Cost: a copy of the state in memory, one
-    SHA-256 over it, one write, and the flush of file and folder.
+    format's version, the SHA-256 of every array, and that of the header itself. Cost: a copy of the state in memory,
+    one SHA-256 over it, one write, and the flush of file and folder. Only its owner may read the file (mode 600).
     """
     kind_of(memory)
     path = as_path(path)

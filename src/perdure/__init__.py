@@ -20,6 +20,8 @@ _HOMES = {
     "perdure.core.signal": ["Signal", "fit"],
     "perdure.memory.file": ["load", "save"],
     "perdure.memory.knn": ["KNNMemory"],
+    "perdure.memory.store": ["Store", "open"],
+    "perdure.memory.stored": ["StoredMemory"],
     "perdure.backends.errors": [
         "ArgumentError",
         "BackendError",
