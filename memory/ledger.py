@@ -53,8 +53,7 @@ def _put(engine: Engine, place: Place, head: bytes, parts: Iterable[memoryview],
         if content is None:
             summed.update(body)
         size += len(body)
-        row = (place.id, number, part, None if part else head, body)
-        engine.connection.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", row)
+        engine.put_part(place.id, number, part, None if part else head, body)
     chain = link(place.chain, place.id, place.epoch, number, content or summed.digest())
     return replace(place, records=number + 1, bytes=place.bytes + size, chain=chain)
 
