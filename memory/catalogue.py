@@ -9,7 +9,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from ..backends.errors import PerdureError
+from ..backends.errors import FileError, StoreError
 from . import ledger
 from .engine import Engine
 from .entry import Entry, encoded
@@ -18,7 +18,7 @@ from .ledger import Place
 from .record import Record
 from .shelf import Shelf
 
-FEWEST_CALLS = 64 << 20  # bytes of calls, below which a commit never rewrites a memory as a whole
+FEWEST_CALLS = 32 << 20  # bytes of calls, below which a commit never rewrites a memory as a whole
 MOST_CALLS = 256  # records, after which a checkpoint does
 
 
@@ -75,7 +75,10 @@ class Catalogue:
                 continue
             shelf.drop(entry)
             if not entry.deleted and guard is not None and seen.epoch == place.epoch and seen.records < place.records:
-                ledger.catch_up(self.engine, guard, seen, place)
+                try:
+                    ledger.catch_up(self.engine, guard, seen, place)
+                except FileError:
+                    continue  # the writer went on meanwhile, or it is damaged: whoever reads it next will see
                 entry.guard, entry.place = guard, replace(place, state_bytes=seen.state_bytes)
                 shelf.keep(entry)
 
@@ -110,17 +113,18 @@ class Catalogue:
         facts["commits"] += 1
         try:
             with self.engine.transaction():
+                if self.engine.facts() != self.facts:
+                    raise StoreError("commit", "the store as it was left", "a commit that had failed", "Open it again.")
                 for memory in dropped:
-                    ledger.drop_records(self.engine, memory)
+                    self.engine.drop_records(memory)
                     ledger.drop_entry(self.engine, facts, memory)
                 for entry in work:
                     self._write(entry, facts, taken, after)
                 self.engine.put_facts(facts)
         except BaseException:
-            if not self._landed(facts):
-                for entry, calls, whole in taken:
-                    self._wait_again(entry, calls, whole)
-                raise
+            for entry, calls, whole in taken:
+                self._wait_again(entry, calls, whole)
+            raise
         self.facts = facts
         del self.dropped[: len(dropped)]
         for entry, place in after:
@@ -155,18 +159,10 @@ class Catalogue:
             entry.waiting_bytes += sum(record.nbytes for record in calls)
             entry.whole, entry.touched = entry.whole or whole, True
 
-    def _landed(self, facts: dict[str, int]) -> bool:
-        """Whether a commit that raised is in the store all the same."""
-        try:
-            with self.engine.transaction(write=False):
-                return self.engine.facts() == facts
-        except PerdureError:
-            return False
-
     @staticmethod
     def outgrown(place: Place, waiting: int) -> bool:
         """Whether a memory's calls are so many bytes that its state should be written instead."""
-        return place.call_bytes + waiting > max(FEWEST_CALLS, place.state_bytes)
+        return place.call_bytes + waiting > max(FEWEST_CALLS, place.state_bytes // 2)
 
     @staticmethod
     def compactable(place: Place) -> bool:

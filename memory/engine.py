@@ -6,6 +6,7 @@ the last commit while the next is being written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,14 +18,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from ..backends.errors import FileError, StoreError
+from .bodies import Bodies
 from .disk import refuse_odd, sync_folder
-from .record import PART
+from .record import LARGEST_HEAD, PART
 
 VERSION = 1
 APPLICATION = 0x50455244  # "PERD", in the header of the file
 FILE, LOCK = "store.sqlite", "lock"
-PAGE = 65_536  # bytes; large pages make large records cheap: one frame of the log each
+INLINE = 16 << 10  # bytes; a larger part of a record lies in the file of bodies
 OLDEST_SQLITE = (3, 31)  # the first with trusted_schema
 SCHEMA = (
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
@@ -32,15 +36,14 @@ SCHEMA = (
     " epoch INTEGER NOT NULL, records INTEGER NOT NULL, bytes INTEGER NOT NULL, stale INTEGER NOT NULL,"
     " chain BLOB NOT NULL, digest BLOB NOT NULL)",
     "CREATE TABLE records (memory INTEGER NOT NULL, number INTEGER NOT NULL, part INTEGER NOT NULL, head BLOB,"
-    " body BLOB NOT NULL, PRIMARY KEY (memory, number, part))",
+    " size INTEGER NOT NULL, start INTEGER, body BLOB, PRIMARY KEY (memory, number, part))",
 )
 PRAGMAS = (
     "trusted_schema = OFF",
     "cell_size_check = ON",
     "mmap_size = 0",
     "temp_store = MEMORY",
-    "cache_size = -32768",
-    "secure_delete = FAST",
+    "secure_delete = ON",
     "synchronous = FULL",
     "fullfsync = ON",
     "checkpoint_fullfsync = ON",
@@ -48,6 +51,8 @@ PRAGMAS = (
     "busy_timeout = 5000",
 )
 MODULUS = 1 << 256
+TIDY = 2  # times the bytes in use that the file of bodies may be long after a checkpoint
+LARGEST_MOVE = 256 << 20  # bytes moved by one checkpoint
 _DAMAGED = "Restore the store from a copy."
 
 
@@ -58,6 +63,10 @@ class Engine:
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise StoreError("sqlite3", "SQLite 3.31 or newer", sqlite3.sqlite_version, "Use a newer Python build.")
         self.folder, self.path, self.readonly = folder, folder / FILE, readonly
+        self._placed: list[tuple[int, int]] = []  # parts put by the transaction under way
+        self._released: list[tuple[int, int]] = []  # parts whose room is free once it is committed
+        self._limbo: list[tuple[int, int]] = []  # parts of transactions that may or may not have been committed
+        self._facts: dict[str, int] = {}  # what the transaction under way commits
         for end in ("", "-wal", "-shm", "-journal"):
             refuse_odd(folder / (FILE + end), missing_ok=bool(end) or not readonly)
         mode = "ro" if readonly else "rwc"
@@ -69,22 +78,31 @@ class Engine:
                 check_same_thread=False,
                 timeout=5,
             )
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self.connection.close)
+            self.bodies = Bodies(folder, readonly)
+            undone.callback(self.bodies.close)
             with self.errors():
                 self._prepare()
-        except BaseException:
-            self.connection.close()
-            raise
+                if not readonly:
+                    self._map_bodies()
+            undone.pop_all()
+
+    def _map_bodies(self) -> None:
+        query = "SELECT start, size FROM records WHERE start IS NOT NULL ORDER BY start"
+        try:
+            self.bodies.use(self.connection.execute(query))
+        except (ValueError, TypeError) as error:
+            raise self.damaged("parts that lie side by side") from error
 
     def _prepare(self) -> None:
         connection = self.connection
         if hasattr(connection, "setconfig"):  # Python 3.12
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 4 * PART)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * LARGEST_HEAD)
         connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
         new = not self.readonly and self._value("PRAGMA page_count") == 0
         if new:
-            connection.execute(f"PRAGMA page_size = {PAGE}")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         for pragma in PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
@@ -130,26 +148,109 @@ class Engine:
     @contextmanager
     def transaction(self, write: bool = True) -> Iterator[None]:
         """All inside happens, and where `write`, it is on the disk when the block has ended; or nothing happens."""
+        placed, released = self._placed, self._released = [], []
         with self.errors():
             self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
                 yield
+                if write:
+                    self.bodies.flush()  # before the commit that makes them count
+            except BaseException:
+                self._roll_back()
+                for part in placed:
+                    self.bodies.free(*part)
+                raise
+            try:
                 self.connection.execute("COMMIT")
             except BaseException:
-                if self.connection.in_transaction:
-                    self.connection.execute("ROLLBACK")
-                raise
+                self._roll_back()
+                if not write or not self._landed():
+                    self._limbo += placed  # after a crash the log may still turn out to hold the commit
+                    raise
+            if write:
+                for part in (*released, *self._limbo):
+                    self.bodies.free(*part)
+                self._limbo = []
+
+    def _roll_back(self) -> None:
+        if self.connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):  # the error that brought us here says more
+                self.connection.execute("ROLLBACK")
+
+    def _landed(self) -> bool:
+        """Whether a commit that raised is in the database all the same."""
+        try:
+            return self.facts() == self._facts
+        except (sqlite3.Error, FileError):
+            return False
 
     def _value(self, query: str) -> Any:
         return self.connection.execute(query).fetchone()[0]
 
+    # ---- records -----------------------------------------------------------------------------------------------------
+
     def put_part(self, memory: int, number: int, part: int, head: bytes | None, body: memoryview) -> None:
-        """Insert one row of records, the body copied straight into the pages, which costs half of binding it."""
-        row = (memory, number, part, head, len(body))
-        inserted = self.connection.execute("INSERT INTO records VALUES (?, ?, ?, ?, zeroblob(?))", row)
-        if body:
-            with self.connection.blobopen("records", "body", inserted.lastrowid) as blob:
-                blob.write(body)
+        """Insert one part of a record, inside a transaction."""
+        start = None
+        if len(body) > INLINE:
+            start = self.bodies.put(body)
+            self._placed.append((start, len(body)))
+        row = (memory, number, part, head, len(body), start, None if start is not None else body)
+        self.connection.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def drop_records(self, memory: int) -> None:
+        """Delete a memory's records, inside a transaction; their room is free once that is committed."""
+        chosen = "FROM records WHERE memory = ?"
+        self._released += self.connection.execute(f"SELECT start, size {chosen} AND start IS NOT NULL", (memory,))
+        self.connection.execute(f"DELETE {chosen}", (memory,))
+
+    def get(self, memory: int, number: int) -> tuple[bytes, np.ndarray]:
+        """Head and body, uint8 (bytes,), of a record.
+
+        Raises
+        ------
+        FileError
+            Not all of it is there.
+        """
+        parts = self.connection.execute(
+            "SELECT part, head, size, start, body FROM records WHERE memory = ? AND number = ? ORDER BY part",
+            (memory, number),
+        ).fetchall()
+        sizes = [size for _, _, size, _, _ in parts]
+        if not parts or not all(isinstance(size, int) and 0 <= size <= PART for size in sizes):
+            raise self.damaged("every record")
+        if sum(sizes) > self.disk_bytes() or [row[0] for row in parts] != list(range(len(parts))):
+            raise self.damaged("every part of a record")
+        made, filled, head = np.empty(sum(sizes), np.uint8), 0, parts[0][1]
+        for _, _, size, start, body in parts:
+            room = made[filled : filled + size]
+            if isinstance(body, bytes) and len(body) == size:
+                room[:] = np.frombuffer(body, np.uint8)
+            elif not (isinstance(start, int) and start >= 0 and self.bodies.get(start, room)):
+                raise self.damaged("every part of a record")
+            filled += size
+        if not isinstance(head, bytes):
+            raise self.damaged("the head of a record")
+        return head, made
+
+    def tidy(self) -> None:
+        """Move parts from the end of the file of bodies to free room before them, until most of the file is in use."""
+        rows = self.connection.execute(
+            "SELECT start, size, rowid FROM records WHERE start IS NOT NULL ORDER BY start DESC"
+        ).fetchall()
+        live, moved = sum(size for _, size, _ in rows), 0
+        with self.transaction():
+            for start, size, row in rows:
+                if self.bodies.end <= TIDY * live or moved > LARGEST_MOVE or not self.bodies.fits_before(start, size):
+                    break
+                part = np.empty(size, np.uint8)
+                if not self.bodies.get(start, part):
+                    raise self.damaged("every part of a record")
+                new = self.bodies.put(memoryview(part))
+                self._placed.append((new, size))
+                self._released.append((start, size))
+                self.connection.execute("UPDATE records SET start = ? WHERE rowid = ?", (new, row))
+                moved += size
 
     # ---- the catalogue: what there is, under a digest of its own -----------------------------------------------------
 
@@ -166,6 +267,7 @@ class Engine:
 
     def put_facts(self, facts: dict[str, int]) -> None:
         """Replace the facts, inside a transaction."""
+        self._facts = dict(facts)
         body = json.dumps(facts, sort_keys=True).encode()
         self.connection.execute(
             "INSERT OR REPLACE INTO facts VALUES ('head', ?)", (body + hashlib.sha256(body).digest(),)
@@ -198,8 +300,8 @@ class Engine:
 
     def disk_bytes(self) -> int:
         """Size of all the store's files."""
-        found = (self.folder / name for name in (FILE, FILE + "-wal", FILE + "-shm", LOCK))
-        return sum(path.stat().st_size for path in found if path.exists())
+        found = (self.folder / name for name in (FILE, FILE + "-wal", FILE + "-shm"))
+        return self.bodies.size + sum(path.stat().st_size for path in found if path.exists())
 
     def move_log(self, truncate: bool) -> bool:
         """Carry the log over into the file; with `truncate`, empty it. False where a reader stood in the way."""
@@ -209,14 +311,19 @@ class Engine:
             return not busy
 
     def give_back(self) -> None:
-        """Return free pages to the file system; they have been overwritten with zeros when they became free."""
+        """Return free space to the file system, and overwrite with zeros what cannot be returned."""
         with self.errors():
             self.connection.execute("PRAGMA incremental_vacuum").fetchall()
+        self.tidy()
+        self.bodies.wipe()
 
     def close(self) -> None:
-        """Close the connection; the last one to be closed carries the log over."""
-        with self.errors():
-            self.connection.close()
+        """Close the files; the last one to close the database carries its log over."""
+        try:
+            with self.errors():
+                self.connection.close()
+        finally:
+            self.bodies.close()
 
 
 def row_digest(*row: Any) -> bytes:

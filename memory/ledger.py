@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..backends.errors import PerdureError
 from .engine import MODULUS, Engine, row_digest
 from .guard import Guard
@@ -35,7 +33,7 @@ class Place:
 
 def put_state(engine: Engine, place: Place, guard: Guard) -> Place:
     """Replace all records of a memory by its state as it is now."""
-    engine.connection.execute("DELETE FROM records WHERE memory = ?", (place.id,))
+    engine.drop_records(place.id)
     head, parts = encode_state(guard.state())
     written = _put(engine, place, head, parts, None)
     return replace(written, state_bytes=written.bytes)
@@ -76,11 +74,6 @@ def drop_entry(engine: Engine, facts: dict[str, int], memory: int) -> None:
         engine.connection.execute("DELETE FROM memories WHERE id = ?", (memory,))
         facts["memories"] -= 1
         facts["catalog"] = (facts["catalog"] - int.from_bytes(found[0], "little")) % MODULUS
-
-
-def drop_records(engine: Engine, memory: int) -> None:
-    """Delete a memory's records; the engine overwrites them with zeros."""
-    engine.connection.execute("DELETE FROM records WHERE memory = ?", (memory,))
 
 
 def revive(engine: Engine, place: Place, kind: str, options: dict[str, Any]) -> tuple[Guard, Place]:
@@ -125,7 +118,7 @@ def repeat(guard: Guard, verb: str, arguments: dict[str, Any]) -> None:
 def _verified(engine: Engine, seen: Place, place: Place) -> Iterator[tuple[Place, str, dict[str, Any]]]:
     """The records after `seen`, decoded, with the place after each; the chain must end at `place`."""
     while seen.records < place.records:
-        head, body = _fetch(engine, place.id, seen.records)
+        head, body = engine.get(place.id, seen.records)
         content = digest(head, (memoryview(body),)).digest()
         chain = link(seen.chain, place.id, place.epoch, seen.records, content)
         seen = replace(seen, records=seen.records + 1, bytes=seen.bytes + len(head) + body.size, chain=chain)
@@ -136,23 +129,3 @@ def _verified(engine: Engine, seen: Place, place: Place) -> Iterator[tuple[Place
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise engine.damaged("a readable record") from error
         yield seen, verb, arguments
-
-
-def _fetch(engine: Engine, memory: int, number: int) -> tuple[bytes, np.ndarray]:
-    chosen = "FROM records WHERE memory = ? AND number = ?"
-    count, size = engine.connection.execute(
-        f"SELECT count(*), total(length(body)) {chosen}", (memory, number)
-    ).fetchone()
-    if not count or size > engine.disk_bytes():
-        raise engine.damaged("every record")
-    body, filled, head = np.empty(int(size), np.uint8), 0, None
-    parts = engine.connection.execute(f"SELECT part, head, body {chosen} ORDER BY part", (memory, number))
-    for expected, (part, its_head, piece) in enumerate(parts):
-        if part != expected or not isinstance(piece, bytes) or filled + len(piece) > body.size:
-            raise engine.damaged("every part of a record")
-        head = its_head if part == 0 else head
-        body[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
-        filled += len(piece)
-    if not isinstance(head, bytes) or filled != body.size:
-        raise engine.damaged("every part of a record")
-    return head, body

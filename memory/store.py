@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Self
 
-from ..backends.errors import ArgumentError, QuotaError, StoreError
+from ..backends.errors import ArgumentError, FileError, QuotaError, StoreError
 from ..core import checks
 from .disk import as_path
 from .entry import Entry, clipping, encoded
@@ -22,7 +22,8 @@ from .shelf import Shelf
 from .stored import StoredMemory
 
 MOST_NAMES = 1_000_000
-LARGEST_LOG = 64 << 20  # bytes of the write-ahead log, after which a commit carries it over
+READER_TRIES = 100  # of a reader whose memory is rewritten while it reads
+LARGEST_LOG = 4 << 20  # bytes of the write-ahead log, after which a commit carries it over
 
 _log = logging.getLogger("perdure.store")
 _log.addHandler(logging.NullHandler())
@@ -212,7 +213,7 @@ class Store:
         Notes
         -----
         Cost: one write of the new calls and one flush. Where a memory's calls outgrow its state, its state is written
-        instead; every 64 MiB or so, the log is carried over.
+        instead; every 4 MiB or so of the database's log, it is carried over.
         """
         with self._session.using(write=True):
             started = time.perf_counter()
@@ -340,10 +341,20 @@ class Store:
     def _load(self, entry: Entry) -> Guard:
         """For the shelf: a memory that is not in main memory."""
         with self._session.using():
-            with self._engine.transaction(write=False):
-                if self.readonly:
-                    self._catalogue.follow(self._shelf)
-                guard = self._catalogue.load(entry)
+            for tries in range(READER_TRIES):
+                seen = self._catalogue.facts
+                try:
+                    with self._engine.transaction(write=False):
+                        if self.readonly:
+                            self._catalogue.follow(self._shelf)
+                        guard = self._catalogue.load(entry)
+                    break
+                except FileError as error:
+                    if isinstance(error, StoreError) or not self.readonly or tries == READER_TRIES - 1:
+                        raise
+                    self._follow()
+                    if self._catalogue.facts == seen:  # else the writer has used the room of what was being read
+                        raise
             self._shelf.keep(entry)
             return guard
 
