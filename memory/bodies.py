@@ -85,6 +85,7 @@ class Bodies:
         self.unflushed = True
         try:
             self._write(part, start)
+            self._write(memoryview(bytes(size - len(part))), start + len(part))  # a block keeps nothing of its past
         except BaseException:
             self.free(start, len(part))
             raise

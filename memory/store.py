@@ -338,6 +338,12 @@ class Store:
         self._shelf.keep(entry)
         return entry
 
+    def _guard(self, entry: Entry) -> Guard:
+        """For a stored memory: what it stands for, in main memory."""
+        self._session.usable()
+        entry.alive()
+        return self._shelf.guard(entry)
+
     def _load(self, entry: Entry) -> Guard:
         """For the shelf: a memory that is not in main memory."""
         with self._session.using():

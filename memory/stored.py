@@ -40,12 +40,12 @@ class StoredMemory(Savable):
     @property
     def tokens(self) -> np.ndarray:
         """Tokens held now, int64 (rows,)."""
-        return self._store._shelf.guard(self._entry).memory.tokens
+        return self._store._guard(self._entry).memory.tokens
 
     @property
     def nbytes(self) -> int:
         """Bytes held in main memory."""
-        return self._store._shelf.guard(self._entry).memory.nbytes
+        return self._store._guard(self._entry).memory.nbytes
 
     def write(self, *args: Any, source: str | None = None, **kwargs: Any) -> None:
         """The memory's own `write`, into main memory at once, and onto the disk with the next commit.
@@ -76,7 +76,7 @@ class StoredMemory(Savable):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The memory's own state, as a flat dict of arrays, uncommitted writes included."""
-        return self._store._shelf.guard(self._entry).memory.state_dict()
+        return self._store._guard(self._entry).memory.state_dict()
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> StoredMemory:
@@ -95,12 +95,12 @@ class StoredMemory(Savable):
         ------
         FileError, MissingPackageError
         """
-        self._store._shelf.guard(self._entry).memory.save(path)  # type: ignore[attr-defined]
+        self._store._guard(self._entry).memory.save(path)  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "load_state_dict":
             raise AttributeError(name)
-        return getattr(self._store._shelf.guard(self._entry).memory, name)
+        return getattr(self._store._guard(self._entry).memory, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name}: a stored memory changes by write and clear only")

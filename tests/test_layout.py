@@ -37,7 +37,10 @@ PUBLIC = [
     "Reading",
     "ShapeError",
     "Signal",
+    "SignalReport",
+    "Store",
     "StoreError",
+    "StoredMemory",
     "attend",
     "available_backends",
     "backend",
@@ -47,6 +50,7 @@ PUBLIC = [
     "gaussian_basis",
     "load",
     "merge",
+    "open",
     "save",
     "top_k",
 ]
