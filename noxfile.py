@@ -43,7 +43,7 @@ def build_distributions(session: nox.Session, folder: Path) -> Path:
         shutil.rmtree(leftover, ignore_errors=True)  # else modules deleted since would ship again
     pins = (ROOT / "constraints.txt").as_uri()
     session.run("python", "-m", "build", "--outdir", str(folder), silent=True, env={"PIP_CONSTRAINT": pins})
-    (wheel,) = folder.glob("*.whl")
+    (wheel,) = folder.resolve().glob("*.whl")
     return wheel
 
 

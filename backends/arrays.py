@@ -85,7 +85,8 @@ def namespace(array: Any) -> ModuleType | Any:
     if name == "numpy":
         return np
     if name in _ARRAY_TYPES:
-        return optional_import(f"array_api_compat.{name}", extra=name)
+        module = f"array_api_compat.{name}"
+        return sys.modules.get(module) or optional_import(module, extra=name)  # torch.compile traces no import
     return array.__array_namespace__()
 
 

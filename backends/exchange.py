@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import STANDARD, cast, computing_dtype, framework, is_floating, namespace, narrow
+from .arrays import STANDARD, cast, computing_dtype, is_floating, known_framework, namespace, narrow
 from .registry import load
 
 
 def to_numpy(array: Any) -> np.ndarray:
     """`array` as NumPy, on its own memory where it is in main memory; half precision becomes float32."""
-    home = framework(array)
+    home = known_framework("array", array)
     if is_floating(array):
         array = cast(array, computing_dtype(array))
     if home == "numpy":
@@ -22,7 +22,7 @@ def to_numpy(array: Any) -> np.ndarray:
 
 def like(array: np.ndarray, reference: Any, dtype: Any = None) -> Any:
     """`array` in the framework and on the device of `reference`; floats in `dtype`, or else in its dtype."""
-    home = framework(reference)
+    home = known_framework("reference", reference)
     if home == "numpy":
         given = array
     elif home == STANDARD:

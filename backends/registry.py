@@ -28,6 +28,7 @@ DEFAULT = "numba"
 VARIABLE = "PERDURE_BACKEND"
 
 _modules: dict[str, str | ModuleType] = {name: f"{__package__}.{name}" for name in ("numpy", "numba", "torch", "cupy")}
+_loaded: dict[str, ModuleType] = {}  # a plain dict, so that torch.compile can trace the choice of a backend
 _chosen: ContextVar[str | None] = ContextVar("perdure_backend", default=None)
 
 KERNELS: dict[str, Kernel] = {}
@@ -103,10 +104,9 @@ def register(name: str, module: ModuleType | str) -> None:
     when it computes on arrays of its own.
     """
     _modules[name] = module
-    load.cache_clear()
+    _loaded.pop(name, None)
 
 
-@functools.cache
 def load(name: str) -> ModuleType:
     """The backend module called `name`, probed once.
 
@@ -115,6 +115,8 @@ def load(name: str) -> ModuleType:
     BackendError
         Unknown, or unusable on this machine; MissingPackageError where a package is missing.
     """
+    if name in _loaded:
+        return _loaded[name]
     if name not in _modules:
         raise BackendError(
             "backend",
@@ -131,6 +133,7 @@ def load(name: str) -> ModuleType:
                 name, "a module that can be imported", str(error), f"Repair {module}, or choose another backend."
             ) from error
     getattr(module, "probe", lambda: None)()
+    _loaded[name] = module
     return module
 
 

@@ -4,6 +4,7 @@ unless PyTorch itself was asked for with PERDURE_BACKEND or perdure.backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,20 @@ def to_numpy(tensor: Any) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
+def _plain(tensors: Sequence[Any]) -> bool:
+    """Whether all lie in main memory and none needs a gradient, outside of compilation."""
+    import torch
+
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not tracked and not torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors)
+
+
 def _through_numba(name: str, args: tuple[Any, ...]) -> Any:
     """The Numba twin on the tensors' own memory, or NotImplemented where a gradient or another device is at stake."""
     import torch
 
     tensors = [a for a in args if framework(a) == "torch"]
-    needs_torch = any(t.device.type != "cpu" or (torch.is_grad_enabled() and t.requires_grad) for t in tensors)
-    if needs_torch or torch.compiler.is_compiling() or current_backend() == "torch":
+    if not _plain(tensors) or current_backend() == "torch":
         return NotImplemented
     from . import numba
 
@@ -52,13 +60,53 @@ def retrieve(*args: Any) -> Any:
     return _through_numba("retrieve", args)
 
 
-def attention(*args: Any) -> Any:
-    return _through_numba("attention", args)
-
-
 def gaussians(*args: Any) -> Any:
     return _through_numba("gaussians", args)
 
 
 def expected_basis(*args: Any) -> Any:
     return _through_numba("expected_basis", args)
+
+
+def histogram(*args: Any) -> Any:
+    return _through_numba("histogram", args)
+
+
+def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int) -> Any:
+    if positions is None:
+        return _fused(queries, keys, values, scale, mask)
+    return _through_numba("attention", (queries, keys, values, positions, scale, mask, start))
+
+
+def _fused(queries: Any, keys: Any, values: Any, scale: float, mask: Any) -> Any:
+    """PyTorch's own fused attention, through the one operator on the CPU that also gives the log-sum-exp.
+
+    It is not public and has no gradient for the log-sum-exp: NotImplemented where it is missing or does not fit.
+    """
+    import torch
+
+    operator = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    tensors = (queries, keys, values)
+    if (
+        operator is None
+        or not _plain(tensors)
+        or keys.shape[-1] != values.shape[-1]
+        or 0 in (*queries.shape, *keys.shape)
+    ):
+        return NotImplemented
+    lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
+    queries, keys, values = (t.expand(*lead, *t.shape[-2:]).reshape(-1, 1, *t.shape[-2:]) for t in tensors)
+    bias = None
+    if mask is not None:
+        pairs = (queries.shape[-2], keys.shape[-2])
+        mask = mask.expand(torch.broadcast_shapes(mask.shape, pairs))
+        if mask.numel() > mask.shape[-1] * mask.shape[-2]:  # one mask for all is not repeated
+            mask = mask.expand(*lead, *pairs)
+        mask = mask.reshape(-1, 1, *pairs)
+        bias = torch.zeros(mask.shape, dtype=queries.dtype).masked_fill_(~mask, -torch.inf)
+    output, lse = operator(queries, keys, values, 0.0, False, attn_mask=bias, scale=scale)
+    if not bool(torch.isfinite(output).all()):  # an infinity or NaN, perhaps only where the mask forbids to look
+        return NotImplemented
+    if mask is not None:
+        lse = lse.masked_fill(~mask.any(dim=-1), -torch.inf)
+    return output.reshape(*lead, *output.shape[-2:]), lse.reshape(*lead, -1)

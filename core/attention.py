@@ -128,6 +128,8 @@ def masked_softmax(scores: Any, allowed: Any) -> tuple[Any, Any]:
     made, so none has to be repaired, in the gradients either.
     """
     xp = namespace(scores)
+    if scores.shape[-1] == 0:
+        return scores, xp.sum(scores, axis=-1) - math.inf
     nothing = xp.asarray(0, dtype=scores.dtype, device=scores.device)
     allowed = xp.broadcast_to(allowed, scores.shape)
     scores = xp.where(allowed, scores, nothing)

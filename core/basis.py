@@ -111,7 +111,7 @@ class Basis:
         return gaussians(t, *self.beside(t))
 
     def beside(self, like: Any, edges: bool = False) -> tuple[Any, ...]:
-        """Centres and widths (or only the edges) as arrays beside `like`, in the dtype it is computed in."""
+        """Centres and widths (or only the `edges`) as arrays beside `like`, in the dtype it is computed in."""
         arrays = (self.edges,) if edges else (self.centers, self.widths)
         return tuple(like_of(a, like, computing_dtype(like)) for a in arrays)
 

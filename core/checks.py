@@ -33,8 +33,10 @@ def floating_arrays(**arrays: Any) -> None:
             )
 
 
-def shape(argument: str, array: Any, *expected: int | str) -> None:
-    """The last axes of `array` are `expected`: an int must match, a name stands for any size; any leading axes.
+def shape(argument: str, array: Any, *expected: int | str, whole: bool = False) -> None:
+    """The last axes of `array` are `expected`: an int must match, a name stands for any size.
+
+    Any axes may lead, unless `expected` is the `whole` shape.
 
     Raises
     ------
@@ -44,10 +46,11 @@ def shape(argument: str, array: Any, *expected: int | str) -> None:
     """
     known_framework(argument, array)
     actual = tuple(array.shape)
-    tail = actual[len(actual) - len(expected) :]
-    if len(actual) < len(expected) or any(isinstance(e, int) and e != a for e, a in zip(expected, tail, strict=True)):
-        wanted = ", ".join(str(e) for e in expected)
-        raise ShapeError(argument, f"shape (..., {wanted})", str(actual), "Reshape it, or check which array was meant.")
+    tail = actual[max(len(actual) - len(expected), 0) :]
+    fits = len(actual) == len(expected) if whole else len(actual) >= len(expected)
+    if not fits or any(isinstance(e, int) and e != a for e, a in zip(expected, tail, strict=True)):
+        wanted = ", ".join(str(e) for e in (expected if whole else ("...", *expected)))
+        raise ShapeError(argument, f"shape ({wanted})", str(actual), "Reshape it, or check which array was meant.")
 
 
 def leading(**arrays: tuple[Any, int]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from ..backends import kernel
 from ..backends.arrays import cast, computing_dtype, framework, namespace
 from ..backends.errors import ArgumentError
 from ..backends.exchange import like as like_of
+from ..backends.exchange import to_numpy
 from ..backends.special import erf
 from . import checks
 from .basis import positions_in
@@ -96,6 +97,15 @@ def mass(mean: Any, variance: Any, edges: Any, density: str = "truncated_gaussia
     """
     mean, variance = looking(mean, variance, density, mean)
     return interval_mass(mean, variance, cast(positions_in("edges", edges, mean), mean.dtype), density)
+
+
+def attention_mass(mean: Any, variance: Any, edges: np.ndarray, density: str) -> np.ndarray:
+    """Histogram of where queries looked, summed over all of them: what a sticky memory samples from.
+
+    mean, variance (..., q), checked; edges float64 (D + 1,) -> float64 (..., D) in host memory, of any scale.
+    """
+    bins = like_of(edges, mean)
+    return to_numpy(histogram(mean, variance, bins, density)).astype(np.float64)
 
 
 def looking(mean: Any, variance: Any, density: str, like: Any) -> tuple[Any, Any]:
@@ -195,3 +205,9 @@ def interval_mass(mean: Any, variance: Any, edges: Any, density: str) -> Any:
         if density == "truncated_gaussian":
             below = below / _inside(mean, xp.sqrt(variance))
     return below[..., 1:] - below[..., :-1]
+
+
+@kernel
+def histogram(mean: Any, variance: Any, edges: Any, density: str) -> Any:
+    """Mass between neighbouring edges, summed over queries: (..., q), (..., q), (D + 1,) -> (..., D)."""
+    return namespace(mean).sum(interval_mass.formula(mean, variance, edges, density), axis=-2)

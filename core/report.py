@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..backends.errors import ArgumentError
 from . import checks
-from .basis import Basis
-from .positions import after_contraction, centred, fraction
-from .ridge import fit_operator
+from .basis import gaussian_basis
+from .consolidation import Scheme
+from .positions import centred
 
 AGES = 33  # updates looked ahead
 LOST = 0.5  # relative error from which a segment counts as forgotten
+AROUND = (0.5, 0.75, 1.0, 1.4)  # what is tried for 1 - contraction, over 1/(updates + 1)
 WASTED = 0.5  # degrees of freedom over N below which functions are wasted
 
 
@@ -52,40 +55,72 @@ class SignalReport:
         return "\n".join([*lines, *self.advice])
 
 
-def signal_report(
-    basis: Basis, ridge: float, segment: int, contraction: float, samples: int, features: int | None
-) -> SignalReport:
-    """The report of a signal on `basis` updated with segments of `segment` samples; see Signal.report."""
-    length, M = checks.count("segment", segment), checks.count("samples", samples)
-    tau = fraction("contraction", contraction)
+def signal_report(scheme: Scheme, length: int, contraction: float, features: int | None) -> SignalReport:
+    """The report of a signal updated by `scheme` with segments of `length` samples; see Signal.report."""
     features = checks.count("features", max(length // 16, 1) if features is None else features)
-    errors = predicted_errors(basis, ridge, length, tau, M, min(features, length))
+    features = min(features, length)
+    errors = predicted_errors(scheme, length, contraction, features)
     lasting = int(np.argmax(errors > LOST)) if (errors > LOST).any() else len(errors)
-    freedom = fit_operator(basis, np.concatenate(after_contraction(tau, M, length)), ridge).degrees_of_freedom
+    freedom, n = scheme.later(contraction, length).degrees_of_freedom, len(scheme.basis)
     advice = []
-    if freedom < WASTED * len(basis):
+    if freedom < WASTED * n:
         advice.append(
-            f"{len(basis)} functions carry only {freedom:.0f} degrees of freedom: narrow the widths "
-            f"(widths=None scales them to N), lower the ridge, take more samples, or take fewer functions."
+            f"{n} functions carry only {freedom:.0f} degrees of freedom: narrow the widths (None scales them to N), "
+            f"lower the ridge, take more samples, or take fewer functions."
         )
-    return SignalReport(freedom, length, min(features, length), errors, lasting * length, tuple(advice))
+    return SignalReport(freedom, length, features, errors, lasting * length, tuple(advice))
 
 
-@functools.lru_cache(maxsize=32)
-def predicted_errors(basis: Basis, ridge: float, length: int, tau: float, M: int, features: int) -> np.ndarray:
-    """Relative error of a segment after k = 0 ... further updates, (AGES,): |R_k X - X|/|X| over a reference X.
+def smallest_scheme(
+    tokens: int, error: float, ridge: float, length: int, features: int, most: int
+) -> tuple[Scheme, float]:
+    """The scheme of fewest functions, with its contraction, that predicts at most `error` for what came `tokens` ago.
+
+    Raises
+    ------
+    ArgumentError
+        No number of functions up to `most` does.
+    """
+    # A segment of that age has the share tau^age (1 - tau) of the functions, the largest at tau = age/(age + 1).
+    age, best = -(-tokens // length), np.inf
+    shares = [1 - part / (age + 1) for part in AROUND if part < age + 1]
+    n = 2 ** max(5, math.floor(math.log2(features / max(tau**age * (1 - tau) for tau in shares))) - 1)
+    while n <= most:
+        scheme = Scheme(gaussian_basis(n), ridge, max(n, 512))
+        found = {tau: predicted_error(scheme, length, tau, min(features, length), age) for tau in shares}
+        contraction = min(found, key=found.__getitem__)
+        best = min(best, found[contraction])
+        if best <= error:
+            return scheme, contraction
+        n *= 2
+    raise ArgumentError(
+        "error",
+        f"at least {best:.2g}, the least that {most} functions reach at {tokens} tokens",
+        f"{error:.2g}",
+        "Allow more error or more functions, ask for a nearer horizon, or suppose fewer features a segment.",
+    )
+
+
+def predicted_error(scheme: Scheme, length: int, contraction: float, features: int, age: int) -> float:
+    """Predicted relative error of a segment after `age` further updates."""
+    return float(predicted_errors(scheme, length, contraction, features, age + 1)[age])
+
+
+@functools.lru_cache(maxsize=64)
+def predicted_errors(scheme: Scheme, length: int, contraction: float, features: int, ages: int = AGES) -> np.ndarray:
+    """Relative error of a segment after k = 0 ... further updates, (ages,): |R_k X - X|/|X| over a reference X.
 
     Everything is linear: R_k = Psi(where the segment has moved to) C^k G_new^T. X holds the lowest `features` cosines
     of the segment, of equal power: a signal of that many independent features.
     """
-    operator = fit_operator(basis, np.concatenate(after_contraction(tau, M, length)), ridge)
-    C = operator.matrix[:, :M] @ basis(centred(M))  # (N, N)
-    inside = centred(length)
-    X = np.cos(np.pi * inside[:, None] * np.arange(features))  # (L, features)
-    B, where = operator.matrix[:, M:] @ X, tau + (1 - tau) * inside
-    errors = np.empty(AGES)
-    for k in range(AGES):
-        errors[k] = np.linalg.norm(basis(where) @ B - X) / np.linalg.norm(X)
-        B, where = C @ B, tau * where
+    operator = scheme.later(contraction, length)
+    C = scheme.recurrence(operator)  # (N, N)
+    positions = scheme.new_positions(contraction, length)
+    X = np.cos(np.pi * centred(length)[:, None] * np.arange(features))  # (L, features)
+    B = operator.matrix[:, scheme.samples :] @ X
+    errors = np.empty(ages)
+    for k in range(ages):
+        errors[k] = np.linalg.norm(scheme.basis(positions) @ B - X) / np.linalg.norm(X)
+        B, positions = C @ B, contraction * positions
     errors.setflags(write=False)
     return errors

@@ -20,7 +20,7 @@ class Neighbours:
     Attributes
     ----------
     scores : array (..., q, k)
-        q·k ("ip"), the cosine of the angle ("cosine") or -|q-k|² ("l2"); -inf where fewer than k exist.
+        `q·k` ("ip"), the cosine of the angle ("cosine") or `-|q-k|²` ("l2"); -inf where fewer than k exist.
     positions : int64 array (..., q, k)
         Which token each is; -1 where fewer than k exist.
     keys, values : arrays (..., q, k, d) and (..., q, k, dv), or None
@@ -47,7 +47,7 @@ def top_k(queries: Any, keys: Any, k: int, space: str = "ip", mask: Any = None) 
     k : int
         At least 1; may exceed n.
     space : {"ip", "cosine", "l2"}
-        Scores are q·k, q·k/(|q||k|) (0 for a zero vector), or -|q-k|².
+        Scores are `q·k`, `q·k/(|q||k|)` (0 for a zero vector), or `-|q-k|²`.
     mask : bool array, broadcastable to (..., q, n); optional
         True where a key may be retrieved.
 

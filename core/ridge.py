@@ -18,6 +18,7 @@ from scipy import linalg
 from ..backends.arrays import computing_dtype, framework
 from ..backends.errors import ArgumentError
 from ..backends.exchange import like as like_of
+from .banded import BlockGram, block_starts
 from .basis import Basis
 
 CACHE_BYTES = 256 * 2**20  # what all cached operators may hold together; the least recently used leave first
@@ -73,7 +74,7 @@ class FitOperator:
     penalty : float
         lambda, as added to F F^T.
     condition : float
-        Estimate (1-norm) of the condition of F F^T + lambda I.
+        Estimate of the condition of F F^T + lambda I, or a bound on it.
     degrees_of_freedom : float
         tr(G F): how many independent numbers of a signal survive the fit.
     key : tuple
@@ -85,10 +86,6 @@ class FitOperator:
     condition: float
     degrees_of_freedom: float
     key: Hashable
-
-    def beside(self, like: Any) -> Any:
-        """`matrix` as an array beside `like`, in the dtype it is computed in; rounded once and kept."""
-        return beside(self.key, self.matrix, like)
 
 
 def beside(key: Hashable, matrix: np.ndarray, like: Any) -> Any:
@@ -139,18 +136,43 @@ def fit_operator(
 def _factorise(
     basis: Basis, positions: np.ndarray, ridge: float, zeros: np.ndarray | None, original: bool, key: Hashable
 ) -> FitOperator:
-    F = np.ascontiguousarray(basis(positions).T)  # (N, L)
     if not original:
         _in_reach(basis, positions)
-    everywhere = F if zeros is None else np.concatenate([F, basis(zeros).T], axis=1)  # (N, L + Z)
-    gram = everywhere @ everywhere.T  # (N, N)
-    penalty = ridge if original else ridge * float(np.trace(gram)) / len(basis)
-    gram[np.diag_indices_from(gram)] += penalty
-    matrix, condition = _cholesky(gram, F)
-    if matrix is None:
-        matrix, condition = _qr(everywhere, positions.size, penalty)
+    F = transposed(basis, positions)  # (N, L)
+    made = None if original else _by_blocks(basis, F, ridge)
+    if made is None:
+        everywhere = F if zeros is None else np.concatenate([F, basis(zeros).T], axis=1)  # (N, L + Z)
+        gram = everywhere @ everywhere.T  # (N, N)
+        penalty = ridge if original else ridge * float(np.trace(gram)) / len(basis)
+        gram[np.diag_indices_from(gram)] += penalty
+        matrix, condition = _cholesky(gram, F)
+        if matrix is None:
+            matrix, condition = _qr(everywhere, positions.size, penalty)
+    else:
+        matrix, penalty, condition = made
     matrix.setflags(write=False)
-    return FitOperator(matrix, penalty, condition, float(np.sum(matrix * F)), key)
+    return FitOperator(matrix, penalty, condition, float(np.vdot(matrix, F)), key)
+
+
+def transposed(basis: Basis, positions: np.ndarray) -> np.ndarray:
+    """F (N, L), made a few positions at a time: turning all of it over at once would miss every cache."""
+    F = np.empty((len(basis), positions.size))
+    for first in range(0, positions.size, 64):
+        some = slice(first, first + 64)
+        F[:, some] = basis(positions[some]).T
+    return F
+
+
+def _by_blocks(basis: Basis, F: np.ndarray, ridge: float) -> tuple[np.ndarray, float, float] | None:
+    """(matrix, penalty, bound on the condition) over the band of F F^T; None where it is none, or ill conditioned."""
+    starts = block_starts(basis)
+    if starts is None or ridge == 0:
+        return None
+    gram = BlockGram(F, starts)
+    penalty = ridge * gram.trace / len(basis)
+    condition = 1 + gram.norm / penalty
+    matrix = gram.solve(F, penalty) if condition <= WELL_CONDITIONED else None
+    return None if matrix is None else (matrix, penalty, condition)
 
 
 def _in_reach(basis: Basis, positions: np.ndarray) -> None:

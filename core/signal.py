@@ -9,13 +9,13 @@ import numpy as np
 
 from ..backends.arrays import cast, computing_dtype, framework
 from ..backends.errors import ArgumentError, ShapeError
-from ..backends.exchange import like as like_of
 from ..backends.exchange import to_numpy
 from . import checks
 from .basis import Basis, positions_in
-from .positions import after_contraction, centred, fraction, resample
+from .consolidation import Scheme, apply, updated
+from .positions import centred, fraction, resample
 from .report import SignalReport, signal_report
-from .ridge import CACHE, beside, fit_operator
+from .ridge import fit_operator
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,6 +34,8 @@ class Signal:
         That of the samples, which evaluations come back in.
     segment : int
         How many samples the last fit or update brought.
+    original : bool
+        Whether positions, padding and penalty follow the authors' code; `ridge` is then lambda itself.
     """
 
     coefficients: Any
@@ -41,6 +43,7 @@ class Signal:
     ridge: float
     dtype: Any
     segment: int
+    original: bool = False
 
     def __repr__(self) -> str:
         lead, width = tuple(self.coefficients.shape[:-2]), self.coefficients.shape[-1]
@@ -120,21 +123,9 @@ class Signal:
             raise ShapeError("x_new", wanted, str(tuple(x_new.shape)), "Pass as many rows as the signal has.")
         checks.measurable(x_new=x_new)
         x_new = cast(x_new, B.dtype)
-        old, new = after_contraction(tau, M, x_new.shape[-2])
-        operator = fit_operator(self.basis, np.concatenate([old, new]), self.ridge)
-        G = operator.beside(B)  # (N, M + L)
-        if where is None:
-            key = (operator.key, M, "recurrence")
-
-            def recurrence() -> np.ndarray:
-                return operator.matrix[:, :M] @ self.basis(centred(M))  # (N, N)
-
-            C = beside(key, CACHE.get(key, recurrence, lambda made: made.nbytes), B)
-            kept = C @ B
-        else:
-            t = like_of(resample(self._histogram(where), M, rng), B)
-            kept = G[:, :M] @ (self.basis(t) @ B)
-        return replace(self, coefficients=kept + G[:, M:] @ x_new, segment=x_new.shape[-2])
+        at = None if where is None else resample(self._histogram(where), M, rng)
+        made = updated(Scheme(self.basis, self.ridge, M, self.original), B, x_new, tau, at)
+        return replace(self, coefficients=made, segment=x_new.shape[-2])
 
     def _histogram(self, where: Any) -> np.ndarray:
         """`where` as float64 (..., D) in host memory, with the signal's leading axes."""
@@ -174,7 +165,9 @@ class Signal:
         ------
         ArgumentError
         """
-        return signal_report(self.basis, self.ridge, segment or self.segment, contraction, samples, features)
+        scheme = Scheme(self.basis, self.ridge, checks.count("samples", samples), self.original)
+        length = self.segment if segment is None else checks.count("segment", segment)
+        return signal_report(scheme, length, fraction("contraction", contraction), features)
 
 
 def fit(x: Any, basis: Basis, ridge: float = 1e-3, positions: Any = None) -> Signal:
@@ -234,7 +227,8 @@ def fit(x: Any, basis: Basis, ridge: float = 1e-3, positions: Any = None) -> Sig
             raise ShapeError("positions", f"({length},)", str(tuple(positions.shape)), "Pass one position a sample.")
         where = to_numpy(positions).astype(np.float64)
     wide = cast(x, computing_dtype(x))
-    coefficients = fit_operator(basis, where, ridge).beside(wide) @ wide
+    operator = fit_operator(basis, where, ridge)
+    coefficients = apply(operator.key, operator.matrix, wide)
     return Signal(coefficients, basis, ridge, x.dtype, length)
 
 

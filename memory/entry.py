@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from typing import Any
@@ -52,7 +53,7 @@ class Entry:
         ArgumentError
         """
         there = {"kind": self.about["kind"], **self.about["config"]}
-        for argument, value in {**config, "kind": kind}.items():
+        for argument, value in comparable({**config, "kind": kind}).items():
             if argument not in there or (value is not None and there[argument] != value):
                 raise ArgumentError(
                     argument,
@@ -89,3 +90,8 @@ def clipping(clip: float | None) -> float | None:
     if clip is not None and not fits:
         raise ArgumentError("clip", "a number above 1, or None", repr(clip), "Pass clip=1.5.")
     return None if clip is None else float(clip)
+
+
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments a memory was made with, as JSON keeps them; what JSON does not know, as its representation."""
+    return json.loads(json.dumps(config, default=repr))

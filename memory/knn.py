@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import common_framework, computing_dtype
-from ..backends.errors import ArgumentError, DTypeError, ShapeError
+from ..backends.arrays import computing_dtype
+from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
 from .file import Savable
+from .indexes.exact import ExactIndex
 from .lock import ReadWriteLock
 from .row import Row
+from .rows import listed, token_array
 from .state import pack, required, unpack
 
 DTYPES = ("float32", "float16", "float64")
@@ -39,7 +42,7 @@ class KNNMemory(Savable):
     space : {"ip", "cosine", "l2"}
         What "nearest" means; see `top_k`. Attention scores are scale·q·k in every space.
     dtype : {"float32", "float16", "float64"}
-        What keys and values are stored as. Computed with is at least float32.
+        What keys and values are stored as. Computed with, queries included, is the same, at least float32.
     index : {"exact"}
         How the nearest are found.
 
@@ -50,10 +53,11 @@ class KNNMemory(Savable):
 
     Notes
     -----
-    Bytes: rows x heads x min(tokens, capacity) x (dim + value_dim) x itemsize, allocated as tokens come (doubling).
-    A write costs O(n), a read O(q n d). Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913),
-    section 3. Differs from the paper in that a row with nothing stored reads as nothing (output 0, lse -inf), where the
-    authors' code attends to slots of zeros.
+    Bytes: rows x heads x min(tokens, capacity) x (dim + value_dim) x itemsize, allocated as tokens come (doubling), and
+    the keys once more for the exact index. A write costs O(n), a read O(q n d), over as many threads as there are.
+    Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. Differs from the paper in
+    that a row with nothing stored reads as nothing (output 0, lse -inf), where the authors' code attends to slots of
+    zeros.
 
     Examples
     --------
@@ -65,8 +69,8 @@ class KNNMemory(Savable):
     >>> memory.tokens
     array([100])
     >>> reading = memory.read(keys[:, :, -1:], k=4)
-    >>> reading.neighbours.positions.max() < 250
-    True
+    >>> reading.neighbours.positions[0, 0, 0, 0] >= 150  # the oldest 150 have left
+    np.True_
     """
 
     def __init__(
@@ -90,7 +94,14 @@ class KNNMemory(Savable):
         self._lock = ReadWriteLock()
 
     def _empty(self) -> Row:
-        return Row(self.heads, self.dim, self.value_dim, self.capacity, np.dtype(self.dtype))
+        dtype = np.dtype(self.dtype)
+        index = ExactIndex(self.heads, self.dim, self.space, dtype)
+        return Row(self.heads, self.dim, self.value_dim, self.capacity, dtype, index)
+
+    @property
+    def computing(self) -> np.dtype:
+        """What scores and readings are computed in: the stored dtype, at least float32."""
+        return np.promote_types(self.dtype, np.float32)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -104,7 +115,7 @@ class KNNMemory(Savable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys, values and tags."""
+        """Bytes allocated for keys, values, tags and what the index keeps beside them."""
         return sum(row.nbytes for row in self._rows)
 
     def write(
@@ -133,11 +144,10 @@ class KNNMemory(Savable):
         -----
         Cost O(rows heads n (dim + value_dim)). No gradient is kept.
         """
-        chosen = self._chosen(rows)
+        chosen = listed(rows, self.rows)
         checks.floating_arrays(keys=keys, values=values)
-        exactly(4, keys=keys, values=values)
-        checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim)
-        checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim)
+        checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
+        checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
         tokens = (len(chosen), keys.shape[2])
         keys, values = (stored_as(a, self.dtype) for a in (to_numpy(keys), to_numpy(values)))
         checks.measurable(keys=keys)
@@ -179,7 +189,7 @@ class KNNMemory(Savable):
         chosen, grouped = self._grouped(queries, rows, k)
         with self._lock.reading:
             for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                scores, positions = row.search(numbers, k, self.space)
+                scores, positions = row.search(numbers, k)
                 taken = row.gather(positions)
                 found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
@@ -212,7 +222,7 @@ class KNNMemory(Savable):
         chosen, grouped = self._grouped(queries, rows, k)
         with self._lock.reading:
             for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                scores, positions = row.search(numbers, k, self.space)
+                scores, positions = row.search(numbers, k)
                 output, lse = row.attend(numbers, positions, scale)
                 found.append((output, lse, scores, positions, row.tags_at(positions)))
         outputs, lses, *rest = zip(*found, strict=True)
@@ -228,10 +238,25 @@ class KNNMemory(Savable):
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        chosen = self._chosen(rows)
+        chosen = listed(rows, self.rows)
         with self._lock.writing:
             for row in chosen:
                 self._rows[row] = self._empty()
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """A memory of its own with copies of `rows`, in this order; a row may come more than once (beam search).
+
+        Raises
+        ------
+        ArgumentError
+            A row out of range, or none at all.
+        """
+        chosen = [listed([row], self.rows)[0] for row in rows]
+        checks.count("rows", len(chosen))
+        made = copy.copy(self)
+        with self._lock.reading:
+            made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
+        return made
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
@@ -244,7 +269,7 @@ class KNNMemory(Savable):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state_dict` described; its behaviour is bit-identical from here on.
+        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
 
         Raises
         ------
@@ -264,21 +289,18 @@ class KNNMemory(Savable):
                 setattr(row, name, required(arrays, f"rows.{i}.{name}", shape, empty.dtype))
         return memory
 
-    def _chosen(self, rows: Sequence[int] | None) -> list[int]:
-        if rows is None:
-            return list(range(self.rows))
-        chosen = [checks.count("rows", row, least=0) for row in rows]
-        if len(set(chosen)) < len(chosen) or any(row >= self.rows for row in chosen):
-            raise ArgumentError("rows", f"distinct rows below {self.rows}", str(chosen), "Name each row once.")
-        return chosen
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
+        return type(self).from_state_dict, (self.state_dict(),)
 
     def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> tuple[list[int], np.ndarray]:
         """The chosen rows, and their queries (rows, heads, group x q, dim), validated."""
-        chosen = self._chosen(rows)
+        chosen = listed(rows, self.rows)
+        if not chosen:
+            raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
         checks.count("k", k)
         checks.floating_arrays(queries=queries)
-        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim)
-        exactly(4, queries=queries)
+        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim, whole=True)
         if queries.shape[1] == 0 or queries.shape[1] % self.heads:
             raise ShapeError(
                 "queries",
@@ -286,48 +308,20 @@ class KNNMemory(Savable):
                 f"{queries.shape[1]} heads",
                 "Give every memory head the same number of query heads.",
             )
-        numbers = to_numpy(queries)
+        numbers = stored_as(to_numpy(queries), self.computing)
         checks.measurable(queries=numbers)
         return chosen, numbers.reshape(len(chosen), self.heads, -1, self.dim)
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
         """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
-        if all(part is None for part in parts):
+        known = [part for part in parts if part is not None]
+        if not known:
             return None
-        shape = next(part.shape for part in parts if part is not None)
-        stacked = np.stack([np.full(shape, -1) if part is None else part for part in parts])  # a row without tags
+        stacked = np.stack([np.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
 
 
-def exactly(axes: int, **arrays: Any) -> None:
-    """Every array has that many axes.
-
-    Raises
-    ------
-    ShapeError
-    """
-    for argument, array in arrays.items():
-        if array.ndim != axes:
-            raise ShapeError(argument, f"{axes} axes", str(tuple(array.shape)), "Add or drop leading axes.")
-
-
-def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
-    """`given` as NumPy, which must be (rows, n) of that kind of dtype.
-
-    Raises
-    ------
-    ShapeError, DTypeError, FrameworkError
-    """
-    common_framework(**{argument: given})
-    array = to_numpy(given)
-    if not np.isdtype(array.dtype, kind):
-        raise DTypeError(argument, f"a dtype of kind {kind}", str(array.dtype), f"Cast {argument} first.")
-    checks.shape(argument, array, *tokens)
-    exactly(2, **{argument: array})
-    return array
-
-
-def stored_as(array: np.ndarray, dtype: str) -> np.ndarray:
+def stored_as(array: np.ndarray, dtype: Any) -> np.ndarray:
     """`array` in the storage dtype; what does not fit becomes infinite, silently, for the finite check to find."""
     with np.errstate(over="ignore"):
         return array.astype(dtype, copy=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..core.attention import attention
-from ..core.retrieval import retrieve
+from .indexes.protocol import Index
 
 SMALLEST = 64  # slots of the first allocation
 
@@ -19,8 +19,8 @@ class Row:
     The token at position p of the document's whole history stands in slot p % capacity.
     """
 
-    def __init__(self, heads: int, dim: int, value_dim: int, capacity: int, dtype: np.dtype):
-        self.capacity = capacity
+    def __init__(self, heads: int, dim: int, value_dim: int, capacity: int, dtype: np.dtype, index: Index):
+        self.capacity, self.index = capacity, index
         self.written = 0  # tokens in the row's whole history
         self.keys = np.empty((heads, 0, dim), dtype)
         self.values = np.empty((heads, 0, value_dim), dtype)
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays().values())
+        return sum(a.nbytes for a in self.arrays().values()) + self.index.nbytes
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name, as they are allocated."""
@@ -76,10 +76,9 @@ class Row:
             self.tags[:, slots] = -1 if tags is None else tags[n - kept :]
         self.written += n
 
-    def search(self, queries: np.ndarray, k: int, space: str) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""
-        scores, ages = retrieve(queries, self.keys[:, : self.stored], k, space, None, self.start)
-        return scores, np.where(ages >= 0, ages + self.oldest, -1)
+        return self.index.search(self, queries, k)
 
     def attend(self, queries: np.ndarray, positions: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""

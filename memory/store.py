@@ -12,7 +12,7 @@ from typing import Any, Self
 from ..backends.errors import ArgumentError, FileError, QuotaError, StoreError
 from ..core import checks
 from .disk import as_path
-from .entry import Entry, clipping, encoded
+from .entry import Entry, clipping, comparable, encoded
 from .guard import Guard
 from .kinds import class_of, config_of
 from .quota import Quota
@@ -331,9 +331,9 @@ class Store:
         if len(self._catalogue.entries) >= MOST_NAMES:
             raise QuotaError("name", f"at most {MOST_NAMES} memories", "one more", "Delete some.")
         memory = class_of(kind)(**config)
-        made = config_of(memory.state_dict())[1]
         guard = Guard(memory, kind, options["clip"], options["source_quota"])
-        entry = Entry(name, {"kind": kind, "config": made, "options": options}, None, guard)
+        asked = {**config_of(memory.state_dict())[1], **comparable(config)}
+        entry = Entry(name, {"kind": kind, "config": asked, "options": options}, None, guard)
         self._catalogue.entries[name] = entry
         self._shelf.keep(entry)
         return entry

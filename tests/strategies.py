@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 KINDS = ("normal", "integers", "equal", "zeros", "large", "tiny", "outlier", "duplicates")
+EXTREMES = (*KINDS, "near", "huge", "faint", "mixed")  # what a tolerance would drown, but exact bits do not
 
 
 @st.composite
@@ -35,6 +36,14 @@ def values(draw, shape, kinds=KINDS):
             array[tuple(rng.integers(0, s) for s in shape)] = 50
         case "duplicates" if len(shape) > 1 and shape[-2] > 1:
             array = array[..., rng.integers(0, (shape[-2] + 1) // 2, shape[-2]), :]
+        case "near":  # float32 neighbours of one vector
+            array = (1 + rng.integers(-2, 3, shape) * 2.0**-23) * array[..., :1, :]
+        case "huge":
+            array *= 1e15
+        case "faint":  # products below the smallest normal float32
+            array *= 1e-20
+        case "mixed":
+            array *= 10.0 ** rng.integers(-8, 9, (*shape[:-1], 1))
     return array
 
 
@@ -155,3 +164,6 @@ def args_expected_basis(draw):
 def args_interval_mass(draw):
     edges = np.linspace(0, 1, draw(st.integers(2, 9)))
     return (*draw(looks()), edges, draw(st.sampled_from(DENSITIES)))
+
+
+args_histogram = args_interval_mass

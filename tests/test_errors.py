@@ -58,6 +58,7 @@ def test_a_file_error_keeps_the_operating_systems_fields_empty():
 
 
 A, B = np.ones((2, 3, 4)), np.ones((2, 5, 4))
+C = np.ones((1, 2, 3, 5))
 NAN, HUGE = np.full((3, 4), np.nan), np.full((3, 4), 1e200)
 
 
@@ -98,7 +99,7 @@ WRONG = {
     "bias": (lambda: perdure.gate(A, A, np.ones(3)), "ShapeError", "bias", "(..., 2)", "(3,)"),
     "rows": (lambda: memory(rows=0), "ArgumentError", "rows", "at least 1", "0"),
     "capacity": (lambda: memory(capacity=-1), "ArgumentError", "capacity", "at least 1", "-1"),
-    "write": (lambda: memory().write(A, A), "ShapeError", "keys", "(..., 1, 2, n, 4)", "(2, 3, 4)"),
+    "write": (lambda: memory().write(C, C), "ShapeError", "keys", "(1, 2, n, 4)", "(1, 2, 3, 5)"),
     "read": (lambda: memory().read(np.ones((1, 2, 3, 4)), k=0), "ArgumentError", "k", "at least 1", "0"),
     "backend": (lambda: perdure.backend("x").__enter__(), "BackendError", "backend", "numpy, numba", "'x'"),
 }

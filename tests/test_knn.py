@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
@@ -99,7 +101,7 @@ class AgainstALists(RuleBasedStateMachine):
             key, value, tag = stored[p]
             np.testing.assert_array_equal(near.keys[at][place], key)
             np.testing.assert_array_equal(near.values[at][place], value)
-            assert near.tags is None or near.tags[at][place] == tag
+            assert (-1 if near.tags is None else near.tags[at][place]) == tag
         logits = np.array([0.5 * query @ stored[p][0] for p in found])
         if found:
             weights = np.exp(logits - logits.max())
@@ -179,6 +181,17 @@ def test_torch_tensors_come_back_as_torch_tensors(dtype):
     assert not reading.output.requires_grad
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda memory: pickle.loads(pickle.dumps(memory))])
+def test_a_copy_is_equal_and_goes_its_own_way(rng, copied):
+    memory = make()
+    memory.write(*segment(rng))
+    other = copied(memory)
+    assert fingerprint(other) == fingerprint(memory)
+    other.write(*segment(rng))
+    assert (memory.written == 5).all()
+    assert (other.written == 10).all()
+
+
 def test_read_is_attend_over_search(rng):
     memory = make(capacity=64, dtype="float64")
     keys, values = segment(rng, n=40)
@@ -190,6 +203,18 @@ def test_read_is_attend_over_search(rng):
     expected = perdure.attend(queries, keys, values, near.positions)
     np.testing.assert_allclose(reading.output, expected.output, atol=1e-12)
     np.testing.assert_allclose(reading.lse, expected.lse, atol=1e-12)
+
+
+@pytest.mark.parametrize("tagged", [0, 1])
+def test_rows_without_tags_read_minus_one_beside_rows_with_tags(rng, tagged):
+    memory = make()
+    keys, values = segment(rng, rows=1)
+    memory.write(keys, values, rows=[tagged], tags=7)
+    memory.write(keys, values, rows=[1 - tagged])
+    queries = rng.standard_normal((2, 2, 1, 4))
+    for near in (memory.search(queries, k=2), memory.read(queries, k=2).neighbours):
+        assert set(near.tags[tagged].ravel()) == {7}
+        assert set(near.tags[1 - tagged].ravel()) == {-1}
 
 
 def test_bytes_follow_what_is_stored(rng):
@@ -243,6 +268,7 @@ def test_a_rejected_write_changes_nothing(rng, change, argument, error):
         ({"queries": np.zeros((1, 2, 1, 4))}, "queries"),
         ({"queries": np.full((2, 2, 1, 4), np.nan)}, "queries"),
         ({"rows": [5]}, "rows"),
+        ({"queries": np.zeros((0, 2, 1, 4)), "rows": []}, "rows"),
     ],
 )
 def test_what_a_read_rejects(rng, change, argument):

@@ -24,6 +24,7 @@ PUBLIC = [
     "ArgumentError",
     "BackendError",
     "Basis",
+    "ContinuousMemory",
     "DTypeError",
     "FileError",
     "ForkError",
@@ -51,6 +52,7 @@ PUBLIC = [
     "load",
     "merge",
     "open",
+    "rectangular_basis",
     "save",
     "top_k",
 ]
@@ -212,8 +214,9 @@ def test_every_argument_of_a_public_function_is_documented():
         if isinstance(thing, property) or (inspect.isclass(thing) and not hasattr(thing, "write")):
             continue
         arguments = [p for p in inspect.signature(thing).parameters if p not in ("self", "cls")]
-        documented = documented_parameters(inspect.getdoc(thing) or "")
-        missing += [f"{name}: {a}" for a in arguments if len(arguments) > 1 and a not in documented]
+        text = inspect.getdoc(thing) or ""
+        documented = documented_parameters(text).keys() | set(re.findall(r"`(\w+)`", text))
+        missing += [f"{name}: {a}" for a in arguments if a not in documented]
     assert missing == []
 
 
@@ -285,3 +288,13 @@ def test_a_missing_extra_is_named_with_its_install_line(backend, packages):
     for line in lines:
         assert line.startswith(packages[0].replace("_", "-"))
         assert f'pip install "perdure[{backend}]"' in line
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_the_demo_names_a_missing_extra_in_one_line(package):
+    result = run(
+        f"import sys; sys.modules['{package}'] = None; from perdure.__main__ import main; sys.exit(main(['demo']))"
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert 'pip install "perdure[transformers]"' in result.stderr

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from . import threads
 from .flat import flatten
 
 
@@ -18,8 +19,16 @@ def attention(
     lead, (queries, keys, values, positions) = flatten(queries, keys, values, positions)
     output = np.empty((*queries.shape[:2], values.shape[2]), queries.dtype)
     lse = np.empty(queries.shape[:2], queries.dtype)
-    for b in range(queries.shape[0]):
-        over_neighbours(queries[b], keys[b], values[b], positions[b], scale, start, output[b], lse[b])
+    shares = -(-threads.limit() // max(queries.shape[0], 1))
+    size = max(-(-queries.shape[1] // shares), 1)
+
+    def work(b: int, some: slice) -> None:
+        over_neighbours(
+            queries[b, some], keys[b], values[b], positions[b, some], scale, start, output[b, some], lse[b, some]
+        )
+
+    blocks = [slice(first, first + size) for first in range(0, queries.shape[1], size)]
+    threads.in_parallel(work, [(b, some) for b in range(queries.shape[0]) for some in blocks])
     return output.reshape(*lead, *output.shape[1:]), lse.reshape(*lead, *lse.shape[1:])
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from .fast import erf, exp
+
 REACH = 12.0  # in widths: e^-72 of the peak is less than any sum of peaks can notice
-EDGE = 8.5  # in deviations: farther inside [0, 1] than this, a density has no tail outside that float64 can tell
+EDGE = {4: 5.5, 8: 8.5}  # by itemsize, in deviations: farther inside [0, 1], a density has no tail outside to speak of
 INVERSE_ROOT_2PI = 1 / math.sqrt(2 * math.pi)
 INVERSE_ROOT_2 = 1 / math.sqrt(2)
 NARROWEST, WIDEST = 1e-12, 1e12
@@ -26,14 +28,17 @@ def gaussians(t: np.ndarray, centers: np.ndarray, widths: np.ndarray) -> np.ndar
     return out.reshape(*t.shape, centers.size)
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"})
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 def fill_gaussians(t, centers, widths, out):
-    for j in range(centers.size):
-        center, scale = centers[j], 1 / widths[j]
-        peak = scale * INVERSE_ROOT_2PI
-        for i in range(t.size):
-            z = (t[i] - center) * scale
-            out[i, j] = peak * math.exp(-0.5 * z * z) if not abs(z) > REACH else 0
+    half, reach = out.dtype.type(-0.5), out.dtype.type(REACH)
+    scales, peaks = 1 / widths, out.dtype.type(INVERSE_ROOT_2PI) / widths
+    nothing = out.dtype.type(0)
+    for i in range(t.size):
+        position = t[i]
+        for j in range(centers.size):
+            z = (position - centers[j]) * scales[j]
+            seen = peaks[j] * exp(half * z * z)
+            out[i, j] = seen if abs(z) < reach else nothing
 
 
 def expected_basis(
@@ -44,31 +49,84 @@ def expected_basis(
     lead = np.broadcast_shapes(mean.shape, variance.shape)
     mean, variance = (plain(np.broadcast_to(a, lead)) for a in (mean, variance))
     out = np.empty((mean.size, centers.size), mean.dtype)
-    fill_expected(mean, variance, plain(centers), plain(widths), density == "truncated_gaussian", out)
+    centers, widths = plain(centers), plain(widths)
+    fill_expected(mean, variance, centers, widths, out)
+    if density == "truncated_gaussian":
+        near = EDGE[mean.dtype.itemsize] * float(widths.max())
+        inner = np.searchsorted(centers, [near, 1 - near]) if (np.diff(centers) >= 0).all() else (centers.size, 0)
+        cut_to_unit(mean, variance, centers, widths, near, *inner, out)
     return out.reshape(*lead, centers.size)
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"})
-def fill_expected(mean, variance, centers, widths, truncated, out):
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def fill_expected(mean, variance, centers, widths, out):
+    f = out.dtype.type
+    one, half, nothing, beyond = f(1), f(-0.5), f(0), f(REACH * REACH)
     for i in range(mean.size):
-        m, s2 = float(mean[i]), min(max(float(variance[i]), NARROWEST), WIDEST)
-        whole = inside(m, math.sqrt(s2)) if truncated else 1.0
+        m, s2 = mean[i], min(max(variance[i], f(NARROWEST)), f(WIDEST))
         for j in range(centers.size):
-            width = float(widths[j])
-            total = s2 + width * width
+            inverse = one / (s2 + widths[j] * widths[j])
             d = m - centers[j]
-            z2 = d * d / total
-            if z2 > REACH * REACH:
-                out[i, j] = 0
-                continue
-            seen = math.exp(-0.5 * z2) / math.sqrt(total) * INVERSE_ROOT_2PI
-            if truncated:
-                share = s2 / total
-                middle, deviation = centers[j] * share + m * (1 - share), width * math.sqrt(share)
-                if middle < EDGE * deviation or 1 - middle < EDGE * deviation:
-                    seen *= inside(middle, deviation)
-                seen /= whole
-            out[i, j] = seen
+            z2 = d * d * inverse
+            seen = exp(half * z2) * np.sqrt(inverse) * f(INVERSE_ROOT_2PI)
+            out[i, j] = seen if z2 < beyond else nothing
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def cut_to_unit(mean, variance, centers, widths, near, start, end, out):
+    """The share of each product of densities inside [0, 1], over that of the density itself.
+
+    A product is whole unless the density, or the function (before `start`, from `end` on), is `near` an end.
+    """
+    f = out.dtype.type
+    for i in range(mean.size):
+        m, s2 = mean[i], min(max(variance[i], f(NARROWEST)), f(WIDEST))
+        out[i] *= f(1 / inside(float(m), math.sqrt(float(s2))))
+        if near <= m <= 1 - near and start < end:
+            cut_range(m, s2, centers, widths, 0, start, out[i])
+            cut_range(m, s2, centers, widths, end, centers.size, out[i])
+        else:
+            cut_range(m, s2, centers, widths, 0, centers.size, out[i])
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def cut_range(m, s2, centers, widths, first, last, out):
+    f = out.dtype.type
+    one, half, root_half = f(1), f(0.5), f(INVERSE_ROOT_2)
+    for j in range(first, last):
+        share = s2 / (s2 + widths[j] * widths[j])
+        middle = centers[j] + (m - centers[j]) * (one - share)
+        scale = root_half / (widths[j] * np.sqrt(share))
+        out[j] *= half * (erf((one - middle) * scale) + erf(middle * scale))
+
+
+def histogram(mean: np.ndarray, variance: np.ndarray, edges: np.ndarray, density: str) -> Any:
+    if density not in ("gaussian", "truncated_gaussian") or mean.dtype != np.float32:
+        return NotImplemented
+    lead = np.broadcast_shapes(mean.shape, variance.shape)
+    queries = lead[-1]
+    mean, variance = (plain(np.broadcast_to(a, lead)) for a in (mean, variance))
+    rows = math.prod(lead[:-1])
+    out = np.empty((rows, edges.size - 1), mean.dtype)
+    for row in range(rows):
+        of_row = slice(row * queries, (row + 1) * queries)
+        sum_below(mean[of_row], variance[of_row], plain(edges), density == "truncated_gaussian", out[row])
+    return out.reshape(*lead[:-1], edges.size - 1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def sum_below(mean, variance, edges, truncated, out):
+    """Mass below every edge (but for a constant) summed over queries, then the differences of neighbours."""
+    f = np.float32
+    below = np.zeros(edges.size)  # float64: the differences are small beside the sums
+    for i in range(mean.size):
+        deviation = np.sqrt(min(max(variance[i], f(NARROWEST)), f(WIDEST)))
+        scale = f(INVERSE_ROOT_2) / deviation
+        weight = f(0.5) / f(inside(float(mean[i]), float(deviation))) if truncated else f(0.5)
+        for j in range(edges.size):
+            below[j] += weight * erf((edges[j] - mean[i]) * scale)
+    for j in range(out.size):
+        out[j] = below[j + 1] - below[j]
 
 
 @njit(cache=True, nogil=True)

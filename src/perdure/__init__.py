@@ -18,6 +18,7 @@ _HOMES = {
     "perdure.core.report": ["SignalReport"],
     "perdure.core.retrieval": ["Neighbours", "top_k"],
     "perdure.core.signal": ["Signal", "fit"],
+    "perdure.memory.continuous": ["ContinuousMemory"],
     "perdure.memory.file": ["load", "save"],
     "perdure.memory.knn": ["KNNMemory"],
     "perdure.memory.store": ["Store", "open"],

@@ -1,0 +1,151 @@
+"""The keys of one memory row as codes that stay: searched through bounds, settled on the row's own keys."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import machine
+from .certify import HELPLESS, narrow, panels_a_tile, sample, settle
+from .code_tile import FEW, MANY, ONE
+from .codes import PACKED, encode_keys, encode_queries
+from .heap import order
+from .panels import aligned
+from .retrieval import search_rows
+from .ring import Panels
+from .scan import kth_largest
+from .search import NOTHING, SAMPLED, query_blocks
+from .threads import in_parallel
+from .tile import lanes
+from .unit import unit
+
+TIRED = 256  # searches for which panels take over, after one that the codes could not help
+
+
+def exact_keys(heads: int, d: int, space: str, dtype: np.dtype) -> Panels | Codes:
+    """The faster of what this CPU has for exact search over a row's keys."""
+    coded = dtype == np.float32 and space != "l2" and machine.multiplies_bytes()
+    return Codes(heads, d, space) if coded else Panels(heads, d, space, dtype)
+
+
+class Codes:
+    """Codes of float32 keys (heads, slots, d): one byte a component and 12 a key. The result is exact all the same.
+
+    Where keys are too much alike for codes to tell them apart, panels are made as well, and asked for a while.
+    """
+
+    def __init__(self, heads: int, d: int, space: str):
+        self.d, self.space = d, space
+        self.heads = [self._empty(0) for _ in range(heads)]
+        self.tired, self.panels = 0, None
+
+    def _empty(self, slots: int) -> tuple[np.ndarray, ...]:
+        wide = lanes(np.float32)
+        count = -(-slots // (wide * ONE[0])) * ONE[0]
+        words = -(-self.d // PACKED)
+        return (
+            aligned((count, words, wide * PACKED), np.uint8),
+            *(aligned((count, wide), np.float32) for _ in range(3)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        codes = sum(array.nbytes for head in self.heads for array in head)
+        return codes + (0 if self.panels is None else self.panels.nbytes)
+
+    def grow(self, slots: int) -> None:
+        """Make room for slots below `slots`."""
+        for h, head in enumerate(self.heads):
+            if head[1].size < slots:
+                self.heads[h] = self._empty(slots)
+                for larger, array in zip(self.heads[h], head, strict=True):
+                    larger[: array.shape[0]] = array
+        if self.panels is not None:
+            self.panels.grow(slots)
+
+    def write(self, keys: np.ndarray, slot: int) -> None:
+        """Put keys (heads, m, d) into the slots from `slot` on."""
+        if self.panels is not None:
+            self.panels.write(keys, slot)
+        if self.space == "cosine":
+            keys = unit(keys)
+        for head, some in zip(self.heads, keys, strict=True):
+            encode_keys(some, slot, *head)
+
+    def settle_down(self, keys: np.ndarray) -> None:
+        """Make or drop the panels over keys (heads, stored, d), as the searches so far suggest."""
+        if self.tired == 0:
+            self.panels = None
+        elif self.panels is None:
+            panels = Panels(len(self.heads), self.d, self.space, np.dtype(np.float32))
+            panels.grow(keys.shape[1])
+            panels.write(keys, 0)
+            self.panels = panels
+
+    def search(self, keys: np.ndarray, queries: np.ndarray, k: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and ages (heads, q, k) of the k best of keys (heads, stored, d), a ring whose oldest is at `start`."""
+        panels = self.panels
+        if panels is not None:
+            self.tired = max(self.tired - 1, 0)
+            return panels.search(keys, queries, k, start)
+        (heads, q, d), stored = queries.shape, keys.shape[1]
+        queries = queries.astype(np.float32, copy=False)
+        scores, ages = np.full((heads, q, k), -np.inf, np.float32), np.full((heads, q, k), -1, np.int64)
+        some = min(k, stored)
+
+        def work(head: int, block: slice) -> int:
+            asked = queries[head, block]
+            asked = unit(asked) if self.space == "cosine" else np.ascontiguousarray(asked)
+            *found, helpless = self.search_head(head, keys[head], asked, some, start)
+            scores[head, block, :some], ages[head, block, :some] = found
+            return helpless
+
+        blocks = query_blocks(q, d, 1, heads)
+        given_up = in_parallel(work, [(head, block) for head in range(heads) for block in blocks] if some else [])
+        if 2 * sum(given_up) > heads * q:
+            self.tired = TIRED
+        return scores, ages
+
+    def search_head(
+        self, head: int, keys: np.ndarray, queries: np.ndarray, k: int, start: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Scores and ages (q, k) of the k best of keys (stored, d) for queries (q, d), at unit norm for cosine, and
+
+        how many queries had to be searched without codes.
+        """
+        coded, (stored, _), q = self.heads[head], keys.shape, queries.shape[0]
+        asked, bounds = encoded(queries)
+        scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
+        lows, nowhere = scores.copy(), np.zeros_like(ages)
+        room = min(4 * k + 512, stored)
+        places, highs = np.empty((q, room), np.int64), np.empty((q, room), np.float32)
+        counts = np.where(bounds[:q] == np.inf, HELPLESS, 0)
+        span = panels_a_tile(asked[0].shape[2] // PACKED) * coded[1].shape[1]
+        buckets = -(-4 * k // span) * span
+        if stored >= SAMPLED * buckets:
+            maxima = np.empty((q, buckets), np.float32)
+            sample(coded, stored, SAMPLED, asked, maxima)
+            kth_largest(maxima, k, lows[:, 0])
+            lows[:] = np.nextafter(lows[:, :1], np.float32(-np.inf))
+            bounds[:q] = np.where(counts == HELPLESS, np.inf, lows[:, 0])
+        for first, last, shift in ((0, start, stored - start), (start, stored, -start)):
+            if first < last:
+                narrow(coded, first, last, shift, asked, bounds, lows, nowhere, places, highs, counts)
+        settle(queries, keys, start, self.space == "cosine", bounds, places, highs, counts, scores, ages)
+        order(scores, ages)
+        helpless = np.flatnonzero(counts == HELPLESS)
+        if helpless.size:
+            scores[helpless], ages[helpless] = search_rows(queries[helpless], keys, k, self.space, NOTHING, start)
+        return scores, ages, helpless.size
+
+
+def encoded(queries: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """What the tile asks with, and the bounds to start from: +inf where there is nothing to ask with."""
+    q, d = queries.shape
+    size = next((size for _, size in (ONE, FEW) if q <= size), MANY[1])
+    groups = -(-q // size)
+    words = np.zeros((groups, -(-d // PACKED), size * PACKED), np.int8)
+    sums, (reach, slip) = np.zeros(groups * size, np.int32), np.ones((2, groups * size), np.float32)
+    bounds = np.full(groups * size, np.inf, np.float32)
+    encode_queries(queries, size, words, sums, reach, slip)
+    bounds[:q][slip[:q] < np.inf] = -np.inf
+    return (words, sums, reach, np.where(slip < np.inf, slip, np.float32(0))), bounds

@@ -1,0 +1,111 @@
+"""The scan over all keys: the tile passes over the many, the few that beat a query's worst kept one go to its heap.
+
+Panels are visited from the newest to the oldest and a key must exceed the k-th best score so far: so of equal scores
+the newest is kept, and keys that are all alike cost nothing once the first k are in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .heap import offer
+from .tile import FEW, MANY, ONE, highest_bit, make_tile
+
+one, few, many = (make_tile(*shape, l2=False) for shape in (ONE, FEW, MANY))
+one_l2, few_l2, many_l2 = (make_tile(*shape, l2=True) for shape in (ONE, FEW, MANY))
+
+
+@njit(cache=True, nogil=True)
+def panels_a_tile(queries):
+    """How many panels the tile for groups of that many queries takes."""
+    if queries == ONE[1]:
+        return ONE[0]
+    return FEW[0] if queries == FEW[1] else MANY[0]
+
+
+@njit(inline="always")
+def score(panels, scales, panel, grouped, group, bounds, scores, hits, l2):
+    """Run the tile that fits the groups' size. Inlined: to hand over so many arrays would cost as much as a tile."""
+    queries = grouped.shape[2]
+    if l2:
+        if queries == ONE[1]:
+            return one_l2(panels, scales, panel, grouped, group, bounds, scores, hits)
+        if queries == FEW[1]:
+            return few_l2(panels, scales, panel, grouped, group, bounds, scores, hits)
+        return many_l2(panels, scales, panel, grouped, group, bounds, scores, hits)
+    if queries == ONE[1]:
+        return one(panels, scales, panel, grouped, group, bounds, scores, hits)
+    if queries == FEW[1]:
+        return few(panels, scales, panel, grouped, group, bounds, scores, hits)
+    return many(panels, scales, panel, grouped, group, bounds, scores, hits)
+
+
+@njit(cache=True, nogil=True)
+def below(bit):
+    """The word whose bits below `bit` are set."""
+    return np.int64(-1) if bit >= 64 else np.int64(2**63 - 1) >> np.int64(63 - bit)
+
+
+@njit(cache=True, nogil=True)
+def scan(panels, scales, low, high, shift, grouped, bounds, best, places, mask, l2):
+    """Offer the keys in slots low <= s < high, at positions s + shift, to every query's heap, the newest first.
+
+    `bounds[i]` is the worst score in heap i, and +inf for the queries that only fill up the last group.
+    """
+    queries = grouped.shape[2]
+    wide = panels_a_tile(queries)
+    span = wide * panels.shape[2]
+    scores, hits = np.empty(queries * span, grouped.dtype), np.empty(queries, np.int64)
+    for block in range((high - 1) // span, low // span - 1, -1):
+        first = block * span
+        inside = below(high - first) & ~below(max(low - first, 0))
+        group = -1
+        while True:
+            group = score(panels, scales, block * wide, grouped, group + 1, bounds, scores, hits, l2)
+            if group == grouped.shape[0]:
+                break
+            for j in range(queries):
+                i, word = group * queries + j, hits[j] & inside
+                while word != 0:
+                    lane = highest_bit(word)
+                    word &= below(lane)
+                    position = first + lane + shift
+                    if scores[j * span + lane] > bounds[i] and (mask.size == 0 or mask[i, position]):
+                        offer(scores[j * span + lane], position, best[i], places[i])
+                        bounds[i] = best[i, 0]
+
+
+@njit(cache=True, nogil=True)
+def sample(panels, scales, stored, step, grouped, maxima, l2):
+    """Fill maxima (queries, m) with the largest scores of disjoint sets of keys, out of every `step`-th tile.
+
+    Only tiles whose slots all lie below `stored` count, and m must be a multiple of a tile's keys.
+    """
+    queries = grouped.shape[2]
+    wide = panels_a_tile(queries)
+    span = wide * panels.shape[2]
+    scores, hits = np.empty(queries * span, grouped.dtype), np.empty(queries, np.int64)
+    bounds = np.full(grouped.shape[0] * queries, -np.inf, grouped.dtype)
+    maxima[:] = -np.inf
+    column = 0
+    for block in range(step - 1, stored // span, step):
+        for group in range(grouped.shape[0]):
+            score(panels, scales, block * wide, grouped, group, bounds, scores, hits, l2)
+            for j in range(min(queries, maxima.shape[0] - group * queries)):
+                row = maxima[group * queries + j]
+                for lane in range(span):
+                    row[column + lane] = max(row[column + lane], scores[j * span + lane])
+        column = (column + span) % maxima.shape[1]
+
+
+@njit(cache=True, nogil=True)
+def kth_largest(maxima, k, bounds):
+    """The k-th largest of every row of maxima (queries, m)."""
+    best, places = np.empty(k, maxima.dtype), np.empty(k, np.int64)
+    for i in range(maxima.shape[0]):
+        best[:] = -np.inf
+        places[:] = -1
+        for j in range(maxima.shape[1]):
+            offer(maxima[i, j], j, best, places)
+        bounds[i] = best[0]

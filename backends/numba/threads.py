@@ -1,0 +1,52 @@
+"""A pool of plain threads for compiled loops that release the interpreter lock.
+
+Made on first use, never by import, and forgotten in a forked child, which makes its own: nothing a fork could trap.
+NUMBA_NUM_THREADS says how many threads there are at most; by default as many as the process has cores.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from numba import config
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_here = threading.local()
+
+
+def limit() -> int:
+    """The most threads that work at once; 1 inside a thread of the pool."""
+    return 1 if getattr(_here, "working", False) else config.NUMBA_NUM_THREADS
+
+
+def in_parallel(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """[work(*task) for task in tasks], several at once."""
+    if limit() == 1 or len(tasks) < 2:
+        return [work(*task) for task in tasks]
+    return list(_threads().map(lambda task: work(*task), tasks))
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(config.NUMBA_NUM_THREADS, "perdure", initializer=_mark)
+        return _pool
+
+
+def _mark() -> None:
+    _here.working = True
+
+
+def _forget() -> None:
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,144 @@
+"""What the demo is asked to do, checked before anything slow happens."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import stat
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...backends.errors import ArgumentError, FileError
+from ...core import checks
+
+TOKENS, MEMORY, LAYERS, FOLDER = 6144, "512,2048,8192", "all", "demo-output"
+WINDOW = 512
+DEFAULT_FILE = "argparse.py"
+BYTES_PER_TOKEN = 64  # far more than any text needs: how much of a large file is read
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and what to call it."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The demo's arguments, checked.
+
+    Attributes
+    ----------
+    file : Path
+    tokens, window, k : int
+    memory : tuple of int
+        Sizes in tokens, ascending.
+    layers : "all" or tuple of int
+    output : Path
+        Folder of the plot.
+    """
+
+    file: Path
+    tokens: int
+    memory: tuple[int, ...]
+    layers: str | tuple[int, ...]
+    k: int
+    output: Path
+    window: int = WINDOW
+
+    @classmethod
+    def parsed(cls, arguments: argparse.Namespace) -> Settings:
+        """Settings from the command line.
+
+        Raises
+        ------
+        ArgumentError, FileError
+        """
+        layers = arguments.layers.strip()
+        output = Path(arguments.output)
+        if output.exists() and not output.is_dir():
+            raise FileError("--output", "a folder", f"{output}, which is a file", "Name another folder.")
+        return cls(
+            file=Path(arguments.file) if arguments.file is not None else default_file(),
+            tokens=whole_number("--tokens", arguments.tokens, least=2 * WINDOW),
+            memory=tuple(sorted(whole_numbers("--memory", arguments.memory, least=1))),
+            layers=layers if layers == "all" else whole_numbers("--layers", layers, least=0),
+            k=whole_number("--k", arguments.k, least=1),
+            output=output,
+        )
+
+    def document(self) -> Document:
+        """As much of the file as `tokens` can need.
+
+        Raises
+        ------
+        FileError
+            Missing, unreadable, no regular file, empty, or no UTF-8 text.
+        """
+        return Document(str(self.file), read_text(self.file, self.tokens * BYTES_PER_TOKEN))
+
+
+def default_file() -> Path:
+    """A long source file of the running Python's standard library."""
+    return Path(sysconfig.get_path("stdlib")) / DEFAULT_FILE
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The first `limit` bytes of a UTF-8 file as text; a character cut off at the limit is left out.
+
+    Raises
+    ------
+    FileError
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FileError(
+                "--file", "a regular file", f"{path}, which is a folder, pipe or device", "Name a text file."
+            )
+        with path.open("rb") as stream:
+            content = stream.read(limit)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(
+            "--file", "a readable file", f"{path} ({reason})", "Check the path and its permissions."
+        ) from error
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=len(content) < limit)
+    except UnicodeDecodeError as error:
+        received = f"{path}, whose byte {error.start} is not"
+        raise FileError("--file", "UTF-8 text", received, "Convert it, for example with iconv -t UTF-8.") from error
+    if "\0" in text:
+        raise FileError("--file", "UTF-8 text", f"{path}, which is binary", "Name a text file.")
+    if not text.strip():
+        raise FileError("--file", "a text", f"{path}, which is empty", "Name a longer text.")
+    return text
+
+
+def whole_number(argument: str, text: str, least: int) -> int:
+    """`text` as a whole number of at least `least`.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    try:
+        return checks.count(argument, int(text), least)
+    except ValueError as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError(argument, "a whole number", repr(text), f"Pass {argument} {least}.") from error
+
+
+def whole_numbers(argument: str, text: str, least: int) -> tuple[int, ...]:
+    """Whole numbers separated by commas, without repetition.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    return tuple(dict.fromkeys(whole_number(argument, part.strip(), least) for part in text.split(",")))

@@ -1,0 +1,101 @@
+"""The ways of reading that the demo compares, all on the same tokens, all scored alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ..transformers import Trace, attach, detach
+from ..transformers.document import read_in_windows
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one method read the document.
+
+    Attributes
+    ----------
+    name : str
+    losses : float32 tensor (tokens,)
+        -log p of every token in nats; NaN for the first.
+    seconds : float
+    nbytes : int
+        What the method kept of the past at its end.
+    trace : Trace or None
+    """
+
+    name: str
+    losses: torch.Tensor
+    seconds: float
+    nbytes: int
+    trace: Trace | None = None
+
+    def perplexity(self, start: int) -> float:
+        """exp of the mean loss of the tokens from `start` on."""
+        return math.exp(float(self.losses[start:].double().mean()))
+
+
+Advance = Callable[[int], Any]
+
+
+def without_memory(model: Any, ids: torch.Tensor, window: int, advance: Advance) -> Result:
+    """Every window by itself."""
+
+    def forward(part: torch.Tensor, start: int) -> torch.Tensor:
+        return model(input_ids=part, use_cache=False).logits
+
+    return _timed("no memory", lambda: (read_in_windows(ids, window, forward, advance, True), 0))
+
+
+def with_cache(
+    model: Any, ids: torch.Tensor, window: int, advance: Advance, keep: int | None = None, sinks: int = 0
+) -> Result:
+    """Attention to all previous tokens, or to the last `keep` before the window and the first `sinks`, in every layer.
+
+    `keep` alone is the recurrence of Transformer-XL, `keep` with `sinks` that of StreamingLLM (arXiv 2309.17453).
+    """
+    cache = DynamicCache(config=model.config)
+
+    def forward(part: torch.Tensor, start: int) -> torch.Tensor:
+        positions = torch.arange(start, start + part.shape[1])[None]
+        logits = model(input_ids=part, past_key_values=cache, use_cache=True, position_ids=positions).logits
+        if keep is not None and start + part.shape[1] > keep + sinks:
+            for layer in cache.layers:
+                layer.keys, layer.values = (
+                    torch.cat([a[:, :, :sinks], a[:, :, -keep:]], dim=2) for a in (layer.keys, layer.values)
+                )
+        return logits
+
+    def read() -> tuple[torch.Tensor, int]:
+        losses = read_in_windows(ids, window, forward, advance, True)
+        return losses, sum(a.nbytes for layer in cache.layers for a in (layer.keys, layer.values))
+
+    some = f"previous {keep} tokens" + (f" + first {sinks}" if sinks else "")
+    return _timed("full attention" if keep is None else some, read)
+
+
+def with_memory(
+    model: Any, ids: torch.Tensor, window: int, advance: Advance, *, capacity: int, trace: bool = False, **settings: Any
+) -> Result:
+    """perdure: windows by themselves, and k memories retrieved for every query of every layer."""
+    memory = attach(model, capacity=capacity, window=window, **settings)
+    try:
+        with memory.tracing() as record:
+            memory.trace = record if trace else None
+            name = f"perdure memory {capacity}"
+            read = _timed(name, lambda: (memory.read_document(ids, advance, score=True), memory.nbytes))
+    finally:
+        detach(model)
+    return Result(read.name, read.losses, read.seconds, read.nbytes, record if trace else None)
+
+
+def _timed(name: str, read: Callable[[], tuple[torch.Tensor, int]]) -> Result:
+    start = time.perf_counter()
+    losses, nbytes = read()
+    return Result(name, losses[0], time.perf_counter() - start, nbytes)

@@ -1,0 +1,17 @@
+"""PyTorch layers with memory. Memory is explicit: `output, memory = layer(x, memory)`.
+
+A layer's state_dict holds parameters only; what it remembers is a state of its own, which no `.half()`, no broadcast of
+buffers and no load_state_dict can touch.
+"""
+
+from ...backends.arrays import optional_import
+
+optional_import("torch", extra="torch")
+optional_import("array_api_compat.torch", extra="torch")  # now, because torch.compile traces no import later
+
+from .memorizing import KNNState, MemorizingAttention  # noqa: E402
+from .state import State  # noqa: E402
+from .transformer import MemoryTransformer  # noqa: E402
+from .transformer_xl import RecurrentState, TransformerXLAttention  # noqa: E402
+
+__all__ = ["KNNState", "MemorizingAttention", "MemoryTransformer", "RecurrentState", "State", "TransformerXLAttention"]

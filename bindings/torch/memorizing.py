@@ -1,0 +1,251 @@
+"""Attention over the local window and over the k nearest of all that came before: Memorizing Transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...core import checks
+from ...core.attention import Reading, attention, gate, merge
+from ...core.relative import biased_attention, buckets, rotate
+from ...core.segments import numbers, slide, visible
+from ...memory.knn import KNNMemory
+from .local import local_attention
+from .ops import Ledger, recall
+from .segments import SegmentedAttention, even
+from .state import State
+
+COMBINE = ("gate", "joint")
+POSITIONS = ("none", "t5", "rope")
+NOTHING = ("local", "zeros")
+
+
+@dataclass(frozen=True, eq=False)
+class KNNState(State):
+    """The window's keys and values, and the kNN memory of what left it.
+
+    Attributes
+    ----------
+    keys, values : tensors (rows, heads, window, head_dim)
+        The newest tokens, as memory would store them.
+    token : int64 tensor (2,)
+        Which state of the memory this is.
+    ledger : Ledger
+        Holds the KNNMemory itself; shared by the successive states of one memory.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    token: torch.Tensor
+    ledger: Ledger
+
+    @property
+    def memory(self) -> KNNMemory:
+        """The kNN memory, to look at: it holds what has left the window, as of the latest call."""
+        return self.ledger.memory
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens retrievable now, int64 (rows,)."""
+        return self.memory.tokens
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.memory.nbytes
+
+    def select(self, rows: Sequence[int]) -> Self:
+        index = self._index(rows)
+        ledger = self.ledger.copy(index)
+        parts = {name: tensor[index] for name, tensor in self.tensors().items()}
+        return type(self)(phase=self.phase, ragged=self.ragged, ledger=ledger, token=ledger.token(), **parts)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        stored = self.memory.state_dict().items()
+        settings = torch.tensor([self.ledger.segment, self.ledger.lag])
+        return {
+            **super().state_dict(),
+            "settings": settings,
+            **{f"memory.{name}": torch.from_numpy(np.asarray(array)) for name, array in stored},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        parts = cls._parts(state)
+        stored = {name.removeprefix("memory."): a for name, a in state.items() if name.startswith("memory.")}
+        ledger = Ledger(KNNMemory.from_state_dict(stored), *state["settings"].tolist())
+        return cls(**parts, ledger=ledger, token=ledger.token())
+
+    @classmethod
+    def _made(cls) -> set[str]:
+        return {"ledger", "token"}
+
+
+class MemorizingAttention(SegmentedAttention):
+    """Local causal attention, and beside it attention over the k nearest (key, value) pairs of a kNN memory.
+
+    Parameters
+    ----------
+    dim, heads, head_dim
+        Width, heads, and width of a head (dim / heads by default).
+    capacity : int
+        The most tokens the memory holds per row and head.
+    k : int
+        Neighbours a query retrieves.
+    segment : int
+        Tokens between two writes; a token sees its own segment, `window` tokens before it, and memory beyond.
+    window : int
+        Transformer-XL cache: tokens before the segment that local attention still sees.
+    overlap : bool
+        True (the authors' choice): a segment enters memory as it ends, so the cache is in memory too. False: it enters
+        as it leaves the cache.
+    normalize : bool
+        Queries and keys at norm 1, and a learned scale a head in place of 1/sqrt(head_dim).
+    combine : {"gate", "joint"}
+        Two softmaxes mixed by a learned gate a head, or one softmax over neighbours and window together.
+    positions : {"none", "t5", "rope"}
+        How local attention knows distances; memory carries none.
+    nothing : {"local", "zeros"}
+        What a query without neighbours gets from memory: its local output unchanged, or, as in the authors' code, k
+        slots of zeros. Only of effect with combine="gate".
+    index, dtype, bias
+        Index and dtype of the KNNMemory; whether the projections have biases.
+
+    Raises
+    ------
+    ArgumentError
+
+    Notes
+    -----
+    A call of n tokens costs the search of n queries a head in at most `capacity` keys, and O(n (segment + window)) of
+    local attention. No gradient reaches what is stored or the selection; gradients reach the queries, the scale and
+    the gate through the scores of what was retrieved.
+    Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. Differs from the paper in
+    that segments are counted in each row's own tokens, so that padding and the cut into calls change nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from perdure.bindings.torch import MemorizingAttention
+    >>> layer = MemorizingAttention(dim=16, heads=2, capacity=1000, k=4, segment=8)
+    >>> memory = None
+    >>> for x in torch.randn(3, 1, 8, 16):
+    ...     output, memory = layer(x, memory)
+    >>> memory.tokens  # the third segment enters as the fourth call begins
+    array([16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        capacity: int,
+        k: int = 32,
+        segment: int = 512,
+        window: int = 0,
+        overlap: bool = True,
+        normalize: bool = True,
+        combine: str = "gate",
+        positions: str = "none",
+        nothing: str = "local",
+        head_dim: int | None = None,
+        index: str = "exact",
+        dtype: str = "float32",
+        bias: bool = False,
+    ):
+        super().__init__(dim, heads, head_dim, segment, window)
+        self.capacity, self.k = checks.count("capacity", capacity), checks.count("k", k)
+        self.combine, self.positions = checks.choice("combine", combine, COMBINE), positions
+        checks.choice("positions", positions, POSITIONS)
+        if positions == "rope":
+            even("head_dim", self.head_dim)
+        self.nothing, self.index, self.dtype = checks.choice("nothing", nothing, NOTHING), index, dtype
+        self.overlap, self.normalize = overlap, normalize
+        inner = self.heads * self.head_dim
+        self.query, self.key, self.value = (nn.Linear(dim, inner, bias=bias) for _ in range(3))
+        self.output = nn.Linear(inner, dim, bias=bias)
+        self.scale = nn.Parameter(torch.ones(self.heads)) if normalize else None
+        self.gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
+        self.bias = nn.Embedding(32, self.heads) if positions == "t5" else None
+        KNNMemory(1, self.heads, self.head_dim, self.capacity, index=index, dtype=dtype)  # refuses what it cannot do
+
+    def memory(self, rows: int) -> KNNState:
+        """A fresh memory for `rows` documents."""
+        rows = checks.count("rows", rows)
+        knn = KNNMemory(rows, self.heads, self.head_dim, self.capacity, index=self.index, dtype=self.dtype)
+        ledger = Ledger(knn, self.segment, 0 if self.overlap else self.reach)
+        like = self.query.weight
+        empty = like.new_zeros((rows, *self._shapes()["keys"]))
+        position = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        return KNNState(position, 0, False, empty, empty.clone(), ledger.token(), ledger)
+
+    def _kind(self) -> type[State]:
+        return KNNState
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        window = (self.heads, self.segment + self.reach, self.head_dim)
+        return {"position": (), "keys": window, "values": window}
+
+    def _attend(
+        self, x: torch.Tensor, memory: KNNState, start: Any, present: Any, turning: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        queries, keys, values = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        if self.normalize:
+            queries, keys = unit(queries), unit(keys)
+            scaled = queries * self.scale.abs()[:, None, None].to(queries.dtype)
+        else:
+            scaled = queries / math.sqrt(self.head_dim)
+        begins = torch.zeros_like(memory.position, dtype=torch.bool) if start is None else start
+        recalled = recall(memory.token, queries.detach(), memory.keys, memory.values, memory.position, begins, self.k)
+        token, retrieved = recalled[0], recalled[1:]
+        with torch.autocast(x.device.type, enabled=False):  # scores and softmax in full precision
+            read = self._read(scaled, *retrieved)
+            output = self._mixed(read, scaled, keys, values, memory, present)
+        kept = {
+            "token": token,
+            "keys": slide(memory.keys, keys.detach(), present),
+            "values": slide(memory.values, values.detach(), present),
+        }
+        return self.output(self._joined(output)), kept
+
+    def _read(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, found: torch.Tensor) -> Reading:
+        """Attention of (already scaled) queries over what each retrieved."""
+        allowed = None if self.nothing == "zeros" else found[..., None, :]
+        output, lse = attention(queries[..., None, :], keys, values, None, 1.0, allowed, 0)
+        return Reading(output[..., 0, :], lse[..., 0])
+
+    def _mixed(
+        self,
+        read: Reading,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        memory: KNNState,
+        present: Any,
+    ) -> torch.Tensor:
+        """Local attention and the reading of memory as one output (rows, heads, n, head_dim)."""
+        n, seen = queries.shape[2], self._seen(memory)
+        keys = torch.cat([memory.keys[:, :, memory.keys.shape[2] - seen :].to(keys.dtype), keys], dim=2)
+        values = torch.cat([memory.values[:, :, memory.values.shape[2] - seen :].to(values.dtype), values], dim=2)
+        tokens = numbers(memory.position, seen, n, present)
+        allowed, bias = visible(tokens, n, self.segment, self.reach), None
+        if self.positions == "rope":
+            queries, keys = rotate(queries, tokens[:, None, seen:]), rotate(keys, tokens[:, None])
+        elif self.positions == "t5":
+            distances = tokens[:, seen:, None] - tokens[:, None, :]
+            bias = self.bias(buckets(distances)).movedim(-1, 1)
+        if self.combine == "joint":
+            return merge(read, biased_attention(queries, keys, values, bias, 1.0, allowed[:, None])).output
+        local = local_attention(queries, keys, values, allowed, 1.0, bias)
+        return gate(read.output if self.nothing == "zeros" else read, local, self.gate)
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(|x|² + 1e-6), the authors' normalisation, whose gradient is finite at 0."""
+    return vectors * torch.rsqrt(vectors.square().sum(dim=-1, keepdim=True) + 1e-6)

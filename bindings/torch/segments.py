@@ -1,0 +1,191 @@
+"""What all layers with memory share: documents cut into segments, whatever calls they come in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...backends.errors import ArgumentError, DTypeError, FrameworkError, ShapeError
+from ...core import checks
+from ...core.segments import numbers
+from .state import State
+
+
+class SegmentedAttention(nn.Module):
+    """Causal self-attention over documents read segment by segment, with a memory of what came before.
+
+    A subclass says what a fresh memory is (`memory`), and how tokens that cross no boundary between segments attend
+    (`_attend`). Calls may be cut anywhere: boundaries lie at every `segment` tokens of each row's own document, so one
+    call, many, and token by token give the same outputs.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the input and output.
+    heads : int
+    head_dim : int, optional
+        dim / heads by default.
+    segment : int
+        Tokens between two writes to memory.
+    reach : int
+        Tokens before the current segment that local attention still sees.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int | None, segment: int, reach: int):
+        super().__init__()
+        self.dim, self.heads = checks.count("dim", dim), checks.count("heads", heads)
+        if head_dim is None and dim % heads:
+            raise ArgumentError("heads", f"a divisor of dim={dim}", str(heads), "Or pass head_dim.")
+        self.head_dim = dim // heads if head_dim is None else checks.count("head_dim", head_dim)
+        self.segment, self.reach = checks.count("segment", segment), checks.count("reach", reach, least=0)
+
+    def memory(self, rows: int) -> State:
+        """A fresh memory for `rows` documents, on the device and in the dtype of the parameters."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        memory: State | None = None,
+        start: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        """Attend, and remember.
+
+        Parameters
+        ----------
+        x : tensor (rows, n, dim)
+            The next n tokens of every row; any n.
+        memory : State, optional
+            What the previous call returned; a fresh one by default.
+        start : bool tensor (rows,), optional
+            True where a new document begins with x: that row forgets everything first.
+        mask : bool tensor (rows, n), optional
+            False is padding, anywhere: never attended to, never remembered, and 0 in the output.
+
+        Returns
+        -------
+        output : tensor (rows, n, dim)
+        memory : State
+            For the next call. The memory passed in still holds what it held; gradients do not reach past the call.
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, ArgumentError
+            In every case nothing has been remembered.
+        """
+        self._check(x, memory, start, mask)
+        if memory is None:
+            memory = self.memory(x.shape[0])
+        if x.shape[1] == 0:  # a call of no tokens is a call of one column of padding
+            nothing = torch.zeros((x.shape[0], 1), dtype=torch.bool, device=x.device)
+            output, memory = self.forward(x.new_zeros((x.shape[0], 1, self.dim)), memory, start, nothing)
+            return output[:, :0], memory
+        outputs, n = [], x.shape[1]
+        even = not memory.ragged and mask is None and (start is None or memory.phase == 0)
+        if even or memory.phase + n <= self.segment:
+            cuts = list(range(self.segment - memory.phase, n, self.segment))
+        else:
+            cuts = self._crossings(n, memory.position, start, mask)
+        turning = memory.phase == 0 or memory.ragged
+        for first, last in zip([0, *cuts], [*cuts, n], strict=True):
+            piece = slice(first, last)
+            begin = start if first == 0 else None
+            present = None if mask is None else mask[:, piece]
+            output, memory = self._step(x[:, piece], memory, begin, present, turning or first > 0)
+            outputs.append(output)
+        if cuts and memory.ragged:
+            phases = set((memory.position % self.segment).tolist())
+            memory = replace(memory, phase=max(phases), ragged=len(phases) > 1)
+        output = torch.cat(outputs, dim=1) if len(outputs) != 1 else outputs[0]
+        return output, memory
+
+    def _step(
+        self, x: torch.Tensor, memory: State, start: Any, present: Any, turning: bool
+    ) -> tuple[torch.Tensor, State]:
+        """One piece: no row crosses a boundary in it but with its first token, where `turning`."""
+        position = memory.position if start is None else torch.where(start, 0, memory.position)
+        if present is not None:
+            x = torch.where(present[..., None], x, 0)
+        memory = replace(memory, position=position)
+        output, kept = self._attend(x, memory, start, present, turning)
+        if present is not None:
+            output = torch.where(present[..., None], output, 0)
+        new = x.shape[1] if present is None else present.sum(dim=1)
+        ragged = memory.ragged or present is not None or (start is not None and memory.phase > 0)
+        phase = memory.phase + x.shape[1]
+        if not ragged:
+            phase %= self.segment
+        return output, replace(memory, position=position + new, phase=phase, ragged=ragged, **kept)
+
+    def _attend(
+        self, x: torch.Tensor, memory: Any, start: Any, present: Any, turning: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Output (rows, n, dim), and the fields of the next state other than the progress."""
+        raise NotImplementedError
+
+    def _crossings(self, n: int, position: torch.Tensor, start: Any, mask: Any) -> list[int]:
+        """Columns other than the first at which the token of any row begins a segment."""
+        if start is not None:
+            position = torch.where(start, 0, position)
+        begins = numbers(position, 0, n, mask) % self.segment == 0
+        if mask is not None:
+            begins &= mask
+        begins[:, :1] = False
+        return begins.any(dim=0).nonzero().flatten().tolist()
+
+    def _check(self, x: Any, memory: Any, start: Any, mask: Any) -> None:
+        if not isinstance(x, torch.Tensor):
+            raise FrameworkError("x", "a torch.Tensor", type(x).__name__, "Pass torch.as_tensor(x).")
+        checks.floating_arrays(x=x)
+        if x.ndim != 3 or x.shape[2] != self.dim:
+            raise ShapeError("x", f"shape (rows, n, {self.dim})", str(tuple(x.shape)), "Give each row its tokens.")
+        for name, given, shape in (("start", start, x.shape[:1]), ("mask", mask, x.shape[:2])):
+            if given is None:
+                continue
+            if not isinstance(given, torch.Tensor) or given.dtype != torch.bool:
+                came = getattr(given, "dtype", type(given).__name__)
+                raise DTypeError(name, "a bool tensor", str(came), f"Pass {name}.bool().")
+            if given.shape != shape:
+                raise ShapeError(name, str(tuple(shape)), str(tuple(given.shape)), "Order is causal; pass one a token.")
+            if given.device != x.device:
+                raise FrameworkError(name, f"a tensor on {x.device}, as x is", f"one on {given.device}", "Move it.")
+        if memory is not None:
+            kind = self._kind()
+            if not isinstance(memory, kind):
+                raise ArgumentError("memory", f"a {kind.__name__}", type(memory).__name__, "Pass what the layer gave.")
+            memory.fits(x, self._shapes())
+
+    def _kind(self) -> type[State]:
+        """Class of the layer's states."""
+        raise NotImplementedError
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the layer's states, rows aside."""
+        return {"position": ()}
+
+    def _seen(self, memory: State) -> int:
+        """How many columns of the window the next piece may see."""
+        return self.reach + (self.segment - 1 if memory.ragged else memory.phase)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, n, heads x head_dim) -> (rows, heads, n, head_dim)"""
+        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def _joined(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, heads, n, head_dim) -> (rows, n, heads x head_dim)"""
+        return x.transpose(1, 2).flatten(2)
+
+
+def even(argument: str, value: int) -> None:
+    """`value` is a multiple of 2, half of it sines and half cosines.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if value % 2:
+        raise ArgumentError(argument, "an even number", str(value), f"Pass {argument}={value + 1}.")

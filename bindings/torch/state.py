@@ -1,0 +1,132 @@
+"""What every layer's memory carries from call to call: plain tensors, passed in and out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from ...backends.errors import ArgumentError, FrameworkError, ShapeError
+from ...core import checks
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The memory of one layer, for a batch of rows. A call returns the next state and leaves its own as it was.
+
+    Attributes
+    ----------
+    position : int64 tensor (rows,)
+        Tokens each row has read since its document began.
+    phase : int
+        Tokens since the last boundary between segments: of every row, or of the furthest where rows are `ragged`.
+    ragged : bool
+        Whether rows may stand at different distances from a boundary.
+    """
+
+    position: torch.Tensor
+    phase: int
+    ragged: bool
+
+    @property
+    def rows(self) -> int:
+        """Documents, users or batch elements."""
+        return self.position.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name; the first axis of each is the rows."""
+        names = (f.name for f in fields(self) if f.name not in self._made())
+        return {name: value for name in names if isinstance(value := getattr(self, name), torch.Tensor)}
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """A state of its own with these rows, in this order; a row may come more than once (beam search).
+
+        Raises
+        ------
+        ArgumentError
+            A row out of range, or none at all.
+        """
+        index = self._index(rows)
+        return replace(self, **{name: tensor[index] for name, tensor in self.tensors().items()})
+
+    def _index(self, rows: Sequence[int]) -> list[int]:
+        index = [checks.count("rows", row, least=0) for row in rows]
+        if not index or max(index) >= self.rows:
+            raise ArgumentError("rows", f"rows below {self.rows}", str(index), "Name rows that this state has.")
+        return index
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.select(range(self.rows))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of everything, as a flat dict of tensors; "config" holds JSON as uint8."""
+        config = {"kind": type(self).__name__, "phase": self.phase, "ragged": self.ragged}
+        text = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+        return {"config": text, **{name: tensor.detach().clone() for name, tensor in self.tensors().items()}}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The state that `state_dict` described; a layer continues from it bit by bit as it would have.
+
+        Raises
+        ------
+        ArgumentError
+            The state of another kind of memory, or an incomplete one.
+        """
+        return cls(**cls._parts(state))
+
+    @classmethod
+    def _parts(cls, state: dict[str, Any]) -> dict[str, Any]:
+        try:
+            config = json.loads(bytes(np.asarray(state["config"], np.uint8)))
+            kind = config.pop("kind")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(
+                "state", f"the state_dict of a {cls.__name__}", f"no readable configuration ({error})", "Pass it whole."
+            ) from error
+        if kind != cls.__name__:
+            raise ArgumentError("state", f"the state_dict of a {cls.__name__}", f"that of a {kind}", f"Use {kind}.")
+        parts = {f.name: state[f.name].clone() for f in fields(cls) if isinstance(state.get(f.name), torch.Tensor)}
+        missing = sorted({f.name for f in fields(cls)} - set(parts) - set(config) - cls._made())
+        if missing:
+            raise ArgumentError("state", f"an entry {missing[0]!r}", "none", "Pass an unaltered state_dict.")
+        return {**parts, **config}
+
+    @classmethod
+    def _made(cls) -> set[str]:
+        """Fields that from_state_dict makes anew."""
+        return set()
+
+    def fits(self, x: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
+        """This state serves input x (rows, n, dim) of a layer whose states have `shapes`, rows aside.
+
+        Raises
+        ------
+        ShapeError, FrameworkError
+        """
+        if self.rows != x.shape[0]:
+            raise ShapeError(
+                "memory", f"{x.shape[0]} rows, as x has", f"{self.rows}", "Use memory.select(rows), or a fresh memory."
+            )
+        for name, tensor in self.tensors().items():
+            wanted = shapes.get(name, ())
+            if tuple(tensor.shape[1:]) != wanted:
+                raise ShapeError(
+                    f"memory.{name}",
+                    f"shape {('rows', *wanted)}",
+                    str(tuple(tensor.shape)),
+                    "Pass the memory of a layer with the same configuration.",
+                )
+            if tensor.device != x.device:
+                raise FrameworkError(
+                    f"memory.{name}", f"a tensor on {x.device}, as x is", f"one on {tensor.device}", "Move x to it."
+                )

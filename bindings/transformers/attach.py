@@ -1,0 +1,184 @@
+"""attach and detach: a decoder with memory, and the same decoder without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...backends.errors import ArgumentError
+from ...core import checks
+from ...memory.knn import INDEXES
+from .layer import LayerMemory
+from .memory import ModelMemory
+from .positions import find_rotary
+from .seam import BASES, GATE, hook, implementation
+
+ATTACHED = "perdure_memory"  # the attribute of an attached model that holds its memory
+SINKS = 4
+MIXINGS, POSITIONS = ("joint", "gate"), ("true", "constant")
+
+
+def attach(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    layers: str | int | Sequence[int] = "all",
+    k: int = 32,
+    capacity: int = 65_536,
+    mixing: str = "joint",
+    positions: str = "true",
+    distance: int | None = None,
+    window: int = 512,
+    sinks: int = SINKS,
+    index: str = "exact",
+) -> ModelMemory:
+    """Give a Hugging Face decoder a long-term memory; its weights stay as they are.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder with the "sdpa" or "eager" attention of transformers: GPT-2, Llama and the like.
+    tokenizer : optional
+        Lets `read_document` take text.
+    layers : "all", int or sequence of int
+        Which layers remember; negative numbers count from the last.
+    k : int
+        Memories that each query of each head attends to.
+    capacity : int
+        The most tokens each row of each layer remembers; the oldest leave first.
+    mixing : {"joint", "gate"}
+        "joint": one softmax over the text at hand and the memories. "gate": a softmax each, mixed by a learned number
+        a head (parameter `perdure_gate` of each attached attention layer, 0 at first: half and half).
+    positions : {"true", "constant"}
+        The distance at which memories are seen. "true": the distance they have, so documents should stay within the
+        context the model was trained on. "constant": all at `distance`, so documents may be of any length.
+    distance : int, optional
+        For "constant"; `window` by default.
+    window : int
+        Tokens that `read_document` gives the model at once.
+    sinks : int
+        How many of a document's first tokens are kept for good, beside `capacity`, and read by every query. Models park
+        the attention they have no use for on them, and read badly once they are gone (Xiao et al., arXiv 2309.17453).
+    index : {"exact"}
+        How memories are found; see `KNNMemory`.
+
+    Returns
+    -------
+    ModelMemory
+
+    Raises
+    ------
+    ArgumentError
+        A model that memory cannot be attached to, or an argument out of range; the model is as it was.
+
+    Notes
+    -----
+    With nothing remembered the model computes exactly what it computed before. Memory costs, each layer, O(q n d) time
+    for q queries over n remembered tokens, and heads x n x 2d numbers. Source: Memorizing Transformers (arXiv
+    2203.08913), section 3. Differs from the paper in that "joint" mixing, which needs no training, is the default.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentError("model", "a PreTrainedModel of transformers", type(model).__name__, "Load one first.")
+    if hasattr(model, ATTACHED):
+        raise ArgumentError("model", "a model without memory", "one that has memory", "Call detach(model) first.")
+    base = model.config._attn_implementation
+    if base not in BASES:
+        remedy = "Call model.set_attn_implementation('sdpa') first."
+        raise ArgumentError("model", f"attention implementation {' or '.join(BASES)}", repr(base), remedy)
+    attentions = find_attentions(model)
+    chosen = choose(layers, sorted(attentions))
+    settings = {"capacity": checks.count("capacity", capacity), "index": checks.choice("index", index, INDEXES)}
+    checks.count("k", k)
+    checks.count("window", window)
+    checks.count("sinks", sinks, least=0)
+    checks.choice("mixing", mixing, MIXINGS)
+    checks.choice("positions", positions, POSITIONS)
+    reach = None if positions == "true" else window if distance is None else checks.count("distance", distance)
+    rotaries = {i: find_rotary(model, attentions[i]) for i in chosen}
+    learned = None if any(rotaries.values()) else model.config.max_position_embeddings
+    memory = ModelMemory(
+        model,
+        tokenizer,
+        {i: LayerMemory(i, rotaries[i], reach, k, sinks, settings) for i in chosen},
+        window=window,
+        shifting=positions == "true",
+        limit=learned,
+    )
+    if mixing == "gate":
+        for i in chosen:
+            heads = model.config.num_attention_heads
+            like = next(attentions[i].parameters())
+            attentions[i].register_parameter(
+                GATE, nn.Parameter(torch.zeros(heads, dtype=like.dtype, device=like.device))
+            )
+    memory.restore = (base, [attentions[i] for i in chosen], hook(model.base_model, attentions, memory))
+    setattr(model, ATTACHED, memory)
+    model.set_attn_implementation(implementation(base))
+    return memory
+
+
+def detach(model: Any) -> None:
+    """Take the memory off again: the model is what it was before `attach`.
+
+    Raises
+    ------
+    ArgumentError
+        No memory is attached.
+    """
+    memory = getattr(model, ATTACHED, None)
+    if memory is None:
+        raise ArgumentError("model", "a model with memory", "one without", "Call attach(model) first.")
+    base, attentions, handles = memory.restore
+    for handle in handles:
+        handle.remove()
+    for attention in attentions:
+        attention._parameters.pop(GATE, None)
+    delattr(model, ATTACHED)
+    model.set_attn_implementation(base)
+
+
+def find_attentions(model: nn.Module) -> dict[int, nn.Module]:
+    """The model's causal self-attention layers by number.
+
+    Raises
+    ------
+    ArgumentError
+        There are none, or they do what memory cannot join yet.
+    """
+    found = {
+        module.layer_idx: module
+        for module in model.modules()
+        if "Attention" in type(module).__name__
+        and getattr(module, "layer_idx", None) is not None
+        and getattr(module, "is_causal", False)
+    }
+    if not found or model.config.is_encoder_decoder:
+        remedy = "Attach memory to a decoder such as GPT-2, Llama, Qwen or Mistral."
+        raise ArgumentError("model", "a decoder with causal self-attention", type(model).__name__, remedy)
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        remedy = "Set config.attn_logit_softcapping to None, or use another model."
+        raise ArgumentError("model", "attention without a soft cap on its scores", type(model).__name__, remedy)
+    return found
+
+
+def choose(layers: str | int | Sequence[int], known: list[int]) -> list[int]:
+    """`layers` as numbers, in order.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if isinstance(layers, str):
+        checks.choice("layers", layers, ("all",))
+        return known
+    wanted: list[Any] = [layers] if hasattr(layers, "__index__") else list(layers)
+    total = known[-1] + 1
+    numbers = sorted({n.__index__() + total * (n < 0) if hasattr(n, "__index__") else None for n in wanted}, key=str)
+    if not numbers or any(n not in known for n in numbers):
+        expected = f"'all', or layers from 0 to {known[-1]}"
+        raise ArgumentError("layers", expected, repr(layers), "Name layers that the model has.")
+    return sorted(numbers)

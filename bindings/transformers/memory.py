@@ -1,0 +1,233 @@
+"""What an attached model remembers: one memory a layer, and the order of reading and writing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from ...backends.errors import ArgumentError, ShapeError
+from .document import Progress, read_in_windows, token_ids
+from .layer import LayerMemory
+from .trace import Trace
+
+
+class ModelMemory:
+    """The memory of a model, as `attach` returns it.
+
+    A segment is what one forward pass is given without a key-value cache. It is read against what was written before,
+    and written when the whole model has read it. Tokens in a cache (`use_cache=True`, `generate`) are read by the
+    model's own attention already, so memory only serves them and stores none of them.
+
+    Attributes
+    ----------
+    layers : dict of int to LayerMemory
+    window : int
+        Tokens `read_document` gives the model at once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        layers: dict[int, LayerMemory],
+        *,
+        window: int,
+        shifting: bool,
+        limit: int | None,
+    ):
+        self.model, self.tokenizer, self.layers, self.window = model, tokenizer, layers, window
+        self.trace: Trace | None = None
+        self.restore: Any = None  # what detach needs
+        self.staging = False
+        self._shifting, self._limit, self._frozen = shifting, limit, False
+        self._next: torch.Tensor | None = None  # (rows,), where the next token of each row stands
+        self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `_next` after it, and its mask
+        self._shifts: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # of the tokens in each cache
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens each row remembers, int64 (rows,); none before anything is written."""
+        stores = next(iter(self.layers.values())).stores
+        return sum((store.tokens for store in stores), np.zeros(stores[0].rows if stores else 0, np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values in all layers."""
+        return sum(store.nbytes for layer in self.layers.values() for store in layer.stores)
+
+    def clear(self, rows: Sequence[int] | None = None) -> None:
+        """Forget everything, or everything of some rows, whose history then starts anew.
+
+        Raises
+        ------
+        ArgumentError
+            A row out of range; then nothing has been forgotten.
+        """
+        self._drop_staged()
+        if rows is None:
+            self._next = None
+        for layer in self.layers.values():
+            layer.clear(rows)
+        if rows is not None and self._next is not None:
+            self._next[list(rows)] = 0
+
+    def read_document(self, text_or_ids: Any, progress: Progress = True, score: bool = False) -> Any:
+        """Read a document of any length, window by window, remembering all that `capacity` allows.
+
+        Parameters
+        ----------
+        text_or_ids : str, or integers (n,) or (rows, n)
+            Text needs the tokenizer given to `attach`.
+        progress : bool or callable
+            Show a progress bar on the terminal; or a function to call with the number of tokens of each window.
+        score : bool
+            Also score every token by what came before it.
+
+        Returns
+        -------
+        int or float32 tensor (rows, n)
+            Tokens read, or with `score` the loss of every token in nats: -log p(token | window and memory); NaN for
+            the first, which nothing predicts.
+
+        Raises
+        ------
+        ArgumentError, ShapeError
+            Text without a tokenizer, or ids that are not integers of at most two axes.
+        """
+        ids = token_ids(text_or_ids, self.tokenizer).to(next(self.model.parameters()).device)
+        keep = {} if score else {"logits_to_keep": 1}
+
+        def forward(part: torch.Tensor, start: int) -> torch.Tensor:
+            return self.model(input_ids=part, use_cache=False, **keep).logits
+
+        losses = read_in_windows(ids, self.window, forward, progress, score)
+        return losses if score else ids.shape[1]
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Read without writing, inside the `with` block: many questions can then be asked about the same memory."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    @contextlib.contextmanager
+    def tracing(self, keep: int = 1) -> Iterator[Trace]:
+        """Record which memories every token draws from, inside the `with` block."""
+        before, self.trace = self.trace, Trace(keep)
+        try:
+            yield self.trace
+        finally:
+            self.trace = before
+
+    def begin(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Called before a forward pass with its arguments; returns them with positions that continue the history."""
+        self._commit()
+        cache, caching = given.get("past_key_values"), given.get("use_cache")
+        if cache is None and caching and self._next is not None:
+            cache = given["past_key_values"] = DynamicCache(config=self.model.config)
+        given["use_cache"] = caching = cache is not None if caching is None else caching
+        self.staging = cache is None and not caching and not self._frozen
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        rows, n = tokens.shape[:2]
+        self._check(rows, cache)
+        if self.trace is not None:
+            self.trace.begin(n)
+        mask = present(given.get("attention_mask"), n)
+        positions = given.get("position_ids")
+        if positions is None:
+            cached = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(cached, cached + n, device=tokens.device)[None]
+        if self._shifting and self._next is not None:
+            given["position_ids"] = positions = positions + self._shift(positions, mask, cache)
+        if self._limit is not None and int(positions.max()) >= self._limit:
+            raise ArgumentError(
+                "positions",
+                f"a document within the {self._limit} positions this model has learned",
+                f"position {int(positions.max())}",
+                "Attach with positions='constant', or clear the memory first.",
+            )
+        if self.staging:
+            last = positions if mask is None else torch.where(mask, positions, -1)
+            self._segment = last.amax(dim=1).expand(rows) + 1, mask
+        return given
+
+    def end(self) -> None:
+        """Called after a forward pass: write the segment, unless its backward pass will read once more.
+
+        Gradient checkpointing computes every layer again in the backward pass, against the memory as it was; the
+        segment is then written when the next forward pass begins.
+        """
+        again = torch.is_grad_enabled() and self.model.training
+        if not again or not any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+            self._commit()
+
+    def _commit(self) -> None:
+        """Write what every layer has staged, if the forward pass that staged it came to its end."""
+        complete = all(layer.staged is not None for layer in self.layers.values())
+        if self._segment is None or not complete:
+            self._drop_staged()
+            return
+        (following, mask), self._segment = self._segment, None
+        for layer in self.layers.values():
+            layer.write(mask)
+        self._next = following if self._next is None else torch.maximum(self._next, following)
+
+    def _drop_staged(self) -> None:
+        self._segment = None
+        for layer in self.layers.values():
+            layer.staged = None
+
+    def _shift(self, positions: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
+        """How far each row's positions move so that its first token follows what the row remembers; (rows, 1)."""
+        if cache is not None and cache in self._shifts:
+            return self._shifts[cache]
+        rows = len(self._next)
+        first = torch.zeros(rows, 1, dtype=torch.int64, device=positions.device)
+        if mask is not None:
+            first = mask.int().argmax(dim=1, keepdim=True)
+        shift = self._next[:, None] - positions.expand(rows, -1).gather(1, first)
+        if cache is not None:
+            self._shifts[cache] = shift
+        return shift
+
+    def _check(self, rows: int, cache: Any) -> None:
+        held = len(self.tokens)
+        if held and rows != held:
+            raise ShapeError(
+                "input_ids",
+                f"{held} rows, as the memory has",
+                f"{rows}",
+                "Give every row its own document, or clear() the memory first.",
+            )
+        if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
+            raise ArgumentError(
+                "past_key_values", "a dynamic cache", "a static one", "Leave out cache_implementation='static'."
+            )
+
+
+def present(mask: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    """Which of the newest n tokens are no padding, bool (rows, n); None where all are.
+
+    Raises
+    ------
+    ShapeError
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise ShapeError(
+            "attention_mask",
+            "shape (rows, tokens), 0 for padding",
+            str(tuple(mask.shape)),
+            "Memory has to know which tokens are padding: pass the two-dimensional mask.",
+        )
+    mask = mask[:, -n:].bool()
+    return None if bool(mask.all()) else mask

@@ -1,0 +1,66 @@
+"""One attention layer's two readings, of the text at hand and of its memory, and how they become one output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ...backends.errors import ArgumentError
+from ...core.attention import Reading, attend
+from ...memory.knn import KNNMemory
+
+
+def read_locally(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> Reading:
+    """Causal attention over the keys at hand, with its log-sum-exp.
+
+    Parameters
+    ----------
+    query : tensor (rows, query_heads, q, dim)
+    key, value : tensors (rows, heads, n, dim)
+        query head h attends to head h // (query_heads // heads): heads are shared, not copied.
+    mask : tensor (rows or 1, 1, q, n), or None
+        As the model made it: boolean, or added to the scores; None is plain causal order.
+    """
+    rows, heads, n = key.shape[:3]
+    group = query.shape[1] // heads
+    allowed = as_boolean(mask, query.shape[2], n, query.device)
+    if allowed is not None:
+        allowed = allowed.expand(-1, group, -1, -1).reshape(allowed.shape[0], 1, -1, n)
+    reading = attend(query.reshape(rows, heads, -1, query.shape[3]), key, value, scale=scale, mask=allowed)
+    return Reading(reading.output.reshape(*query.shape[:3], -1), reading.lse.reshape(query.shape[:3]))
+
+
+def as_boolean(mask: torch.Tensor | None, q: int, n: int, device: torch.device) -> torch.Tensor | None:
+    """True where a query may attend, (rows or 1, 1, q, n); None where all may.
+
+    Raises
+    ------
+    ArgumentError
+        A mask that does more than allow and forbid.
+    """
+    if mask is None:
+        return None if q == 1 else torch.ones(1, 1, q, n, dtype=torch.bool, device=device).tril(n - q)
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask == 0
+    if not bool((allowed | (mask <= torch.finfo(mask.dtype).min)).all()):
+        raise ArgumentError(
+            "attention_mask", "a mask that allows or forbids", "one that adds to scores", "Pass a boolean mask."
+        )
+    return allowed
+
+
+def read_memory(memory: KNNMemory, query: torch.Tensor, k: int, scale: float) -> Reading:
+    """Attention over the k nearest memories of every query (rows, query_heads, q, dim).
+
+    The search is exact and outside of autograd. Where the queries need gradients, what it found is scored once more
+    within autograd, so gradients reach the queries through the scores, and none reaches the stored pairs.
+    """
+    if not (torch.is_grad_enabled() and query.requires_grad):
+        return memory.read(query, k, scale)
+    found = memory.search(query.detach(), k)
+    reading = attend(query[..., None, :], found.keys, found.values, None, scale, (found.positions >= 0)[..., None, :])
+    return Reading(reading.output[..., 0, :], reading.lse[..., 0], replace(found, keys=None, values=None))

@@ -1,0 +1,87 @@
+"""What every token drew from memory: which memories, with how much of its attention, in which layer and head."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...backends.errors import ArgumentError
+from ...core import checks
+from ...core.attention import Reading
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The strongest use of one memory by one token."""
+
+    position: int  # of the memory, among all tokens its row read since the last clear
+    weight: float  # its share of that head's attention, the text at hand included
+    layer: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer's reading of one segment: both arrays (rows, heads, q, keep), the nearest memory first."""
+
+    layer: int
+    positions: np.ndarray
+    weights: np.ndarray
+
+
+class Trace:
+    """A record of readings, kept while `ModelMemory.tracing` lasts.
+
+    Parameters
+    ----------
+    keep : int
+        How many of the nearest memories to keep for each token, layer and head; 8 bytes each.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens the model was given meanwhile; they are numbered from 0.
+    """
+
+    def __init__(self, keep: int = 1):
+        self.keep, self.tokens = checks.count("keep", keep), 0
+        self._starts: list[int] = []
+        self._segments: list[list[Part]] = []
+
+    def begin(self, n: int) -> None:
+        """The model is about to be given n tokens."""
+        self._starts.append(self.tokens)
+        self._segments.append([])
+        self.tokens += n
+
+    def record(self, layer: int, memory: Reading, joint_lse: torch.Tensor, scale: float) -> None:
+        """Keep the nearest memories of one reading (rows, heads, q), weighed by exp(scale score - joint_lse)."""
+        positions = memory.neighbours.positions[..., : self.keep]
+        scores = memory.neighbours.scores[..., : self.keep].detach().float()
+        weights = torch.exp(scale * scores - joint_lse.detach().float()[..., None])
+        weights = torch.where(positions >= 0, weights, 0)
+        self._segments[-1].append(Part(layer, positions.int().cpu().numpy(), weights.cpu().numpy()))
+
+    def draws(self, token: int, row: int = 0) -> list[Draw]:
+        """The memories that `token` drew from, each with its strongest use in any layer and head, strongest first.
+
+        Raises
+        ------
+        ArgumentError
+            A token that was not traced.
+        """
+        if not 0 <= checks.count("token", token, least=0) < self.tokens:
+            raise ArgumentError("token", f"a number below {self.tokens}", str(token), "Name a token that was traced.")
+        segment = bisect.bisect_right(self._starts, token) - 1
+        at = token - self._starts[segment]
+        strongest: dict[int, Draw] = {}
+        for part in self._segments[segment]:
+            positions, weights = part.positions[row, :, at], part.weights[row, :, at]
+            for head, nearest in np.argwhere(positions >= 0):
+                draw = Draw(int(positions[head, nearest]), float(weights[head, nearest]), part.layer, int(head))
+                if draw.position not in strongest or strongest[draw.position].weight < draw.weight:
+                    strongest[draw.position] = draw
+        return sorted(strongest.values(), key=lambda draw: -draw.weight)

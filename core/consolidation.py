@@ -1,0 +1,143 @@
+"""Making a signal longer at a fixed size: the old one is contracted and sampled, new samples follow, all is refitted.
+
+The refit is linear, so nothing has to be sampled and solved again: B' = C B + G_new^T X with C = G_old^T Psi(samples).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backends.arrays import framework, namespace
+from ..backends.exchange import like as like_of
+from . import original as published
+from .basis import Basis
+from .positions import after_contraction, centred
+from .ridge import CACHE, FitOperator, beside, fit_operator
+from .windows import Windows, multiply, on_cpu, windows
+
+SEEN = {4: 6.0, 8: 8.5}  # by itemsize: how many widths from its centre a basis function is still felt
+SAMPLES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What stays the same from one update to the next: basis, relative ridge, samples M, and whose rules.
+
+    With `original` the positions, padding and absolute penalty are those of the authors' code.
+    """
+
+    basis: Basis
+    ridge: float
+    samples: int
+    original: bool = False
+
+    def first(self, length: int) -> FitOperator:
+        """The operator of a first fit to `length` samples."""
+        if not self.original:
+            return fit_operator(self.basis, centred(length), self.ridge)
+        positions, zeros = published.first_positions(length)
+        return fit_operator(self.basis, positions, self.ridge, zeros, original=True)
+
+    def later(self, contraction: float, length: int) -> FitOperator:
+        """The operator of an update: M old samples in [0, contraction], then `length` new ones."""
+        if not self.original:
+            old, new = after_contraction(contraction, self.samples, length)
+            return fit_operator(self.basis, np.concatenate([old, new]), self.ridge)
+        old, new, zeros = published.update_positions(contraction, self.samples, length)
+        return fit_operator(self.basis, np.concatenate([old, new]), self.ridge, zeros, original=True)
+
+    def old_positions(self) -> np.ndarray:
+        """Where on the old signal the M samples stand when nothing says that one place matters more."""
+        return published.old_positions(self.samples) if self.original else centred(self.samples)
+
+    def new_positions(self, contraction: float, length: int) -> np.ndarray:
+        """Where the new samples of an update stand."""
+        if self.original:
+            return published.update_positions(contraction, self.samples, length)[1]
+        return after_contraction(contraction, self.samples, length)[1]
+
+    def recurrence(self, operator: FitOperator) -> np.ndarray:
+        """C (N, N), float64, kept."""
+
+        def make() -> np.ndarray:
+            old = operator.matrix[:, : self.samples]
+            made = multiply(old, windows(old, 8), self.basis(self.old_positions()))
+            made.setflags(write=False)
+            return made
+
+        return CACHE.get((operator.key, self.samples, "recurrence"), make, lambda made: made.nbytes)
+
+
+def apply(key: Any, matrix: np.ndarray, x: Any) -> Any:
+    """matrix @ x for the float64 operator known as `key`, in the dtype and on the device of x, over its windows."""
+    return multiply(beside(key, matrix, x), _windows_of(key, matrix, x), x)
+
+
+def _windows_of(key: Any, matrix: np.ndarray, x: Any) -> Windows:
+    itemsize = 4 if "32" in str(x.dtype) else 8
+    return CACHE.get((key, "windows", itemsize), lambda: windows(matrix, itemsize), lambda made: 64 * len(made))
+
+
+def fitted(scheme: Scheme, x: Any) -> Any:
+    """Coefficients (..., N, e) of a first fit to x (..., L, e)."""
+    operator = scheme.first(x.shape[-2])
+    return apply(operator.key, operator.matrix, x)
+
+
+def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: np.ndarray | None = None) -> Any:
+    """Coefficients after an update with x (..., L, e).
+
+    `where` (..., M), ascending: positions of the old signal to keep; None for the uniform ones, all alike.
+    """
+    operator, M = scheme.later(contraction, x.shape[-2]), scheme.samples
+    if where is None:
+        kept = apply((operator.key, M, "recurrence"), scheme.recurrence(operator), B)
+    else:
+        kept = apply((operator.key, "old", M), operator.matrix[:, :M], evaluate(scheme.basis, B, where))
+    return kept + apply((operator.key, "new", M), operator.matrix[:, M:], x)
+
+
+def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: np.ndarray, counts: np.ndarray) -> Any:
+    """The same with counts[b] samples at each of D ascending points: exact, at the cost of D rows in place of M.
+
+    points (D,), counts (..., D), whole numbers that sum to M.
+    """
+    operator, M = scheme.later(contraction, x.shape[-2]), scheme.samples
+    ends = np.cumsum(counts, axis=-1)  # (..., D): samples m of bin b are ends[b-1] <= m < ends[b]
+    sums = np.zeros((M + 1, len(scheme.basis)))
+    np.cumsum(operator.matrix[:, :M].T, axis=0, out=sums[1:])
+    starts = np.concatenate([np.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
+    aggregated = like_of(sums[ends] - sums[starts], B)  # (..., D, N)
+    samples = like_of(scheme.basis(points), B) @ B  # (..., D, e)
+    kept = namespace(B).matrix_transpose(aggregated) @ samples
+    return kept + apply((operator.key, "new", M), operator.matrix[:, M:], x)
+
+
+def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
+    """The signal B (..., N, e) at ascending positions `where` (..., T): (..., T, e), near functions only."""
+    centers = basis.centers
+    if basis.kind != "gaussian" or not on_cpu(B) or len(basis) <= 2 * SAMPLES_AT_ONCE or (np.diff(centers) < 0).any():
+        return basis(like_of(where, B)) @ B
+    seen = SEEN[4 if "32" in str(B.dtype) else 8] * basis.widths.max()
+    xp, at = namespace(B), like_of(where, B)
+    rows = [_evaluate_row(basis, B[i], where[i], at[i], seen) for i in np.ndindex(*where.shape[:-1])]
+    made = xp.stack(rows) if len(rows) != 1 else rows[0][None]
+    return xp.reshape(made, (*where.shape, B.shape[-1]))
+
+
+def _evaluate_row(basis: Basis, B: Any, where: np.ndarray, at: Any, seen: float) -> Any:
+    """One row of the same: B (N, e), where (T,) -> (T, e)."""
+    parts = []
+    out = np.empty((where.size, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
+    for first in range(0, where.size, SAMPLES_AT_ONCE):
+        t = where[first : first + SAMPLES_AT_ONCE]
+        near = slice(*np.searchsorted(basis.centers, [t[0] - seen, t[-1] + seen]))
+        psi = Basis(basis.centers[near], basis.widths[near])(at[first : first + SAMPLES_AT_ONCE])
+        if out is None:
+            parts.append(psi @ B[near])
+        else:
+            np.matmul(psi, B[near], out=out[first : first + SAMPLES_AT_ONCE])
+    return namespace(B).concat(parts, axis=0) if out is None else out

@@ -1,0 +1,52 @@
+"""Products with a matrix whose rows see only a window of columns, as every operator of a narrow basis does.
+
+Rows are taken in tiles, each with the range of columns that matters to it; what is left out is bounded in advance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..backends.arrays import framework, namespace
+
+TILE = 64  # rows of one product: large enough for the matrix product to run at full speed
+LEFT_OUT = {4: 1e-7, 8: 1e-15}  # by itemsize: sum of |entries| left out of a row, over the largest such sum of a row
+
+Windows = tuple[tuple[int, int, int, int], ...]
+
+
+def windows(matrix: np.ndarray, itemsize: int) -> Windows:
+    """Tiles (first row, last, first column, last) of `matrix` (N, L) outside which nothing matters."""
+    starts = range(0, matrix.shape[0], TILE)
+    sizes = [np.abs(matrix[first : first + TILE]) for first in starts]
+    bound = LEFT_OUT[itemsize] / 2 * max(float(size.sum(axis=1).max()) for size in sizes)
+    tiles = []
+    for first, size in zip(starts, sizes, strict=True):
+        column = size.max(axis=0)
+        left, right = np.cumsum(column), np.cumsum(column[::-1])  # no row leaves out more
+        start, end = np.searchsorted(left, bound, side="right"), np.searchsorted(right, bound, side="right")
+        last = first + size.shape[0]
+        tiles.append((first, last, int(start), max(matrix.shape[1] - int(end), int(start))))
+    kept = sum((b - a) * (d - c) for a, b, c, d in tiles)
+    if kept > 0.8 * matrix.size:  # one product is faster than many that save little
+        return ((0, matrix.shape[0], 0, matrix.shape[1]),)
+    return tuple(tiles)
+
+
+def multiply(matrix: Any, tiles: Windows, x: Any) -> Any:
+    """matrix @ x over the windows: (N, L), (..., L, e) -> (..., N, e)."""
+    if len(tiles) == 1 or not on_cpu(x):
+        return matrix @ x
+    if framework(x) == "numpy":
+        out = np.empty((*x.shape[:-2], matrix.shape[0], x.shape[-1]), x.dtype)
+        for a, b, c, d in tiles:
+            np.matmul(matrix[a:b, c:d], x[..., c:d, :], out=out[..., a:b, :])
+        return out
+    return namespace(x).concat([matrix[a:b, c:d] @ x[..., c:d, :] for a, b, c, d in tiles], axis=-2)
+
+
+def on_cpu(x: Any) -> bool:
+    """Whether many small products cost less than one large one with most of it zero."""
+    return framework(x) == "numpy" or str(getattr(x, "device", "")) == "cpu"

@@ -1,0 +1,397 @@
+"""The ∞-former's memory: any number of tokens in N coefficients a row, older ones more and more compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from ..backends.arrays import cast, computing_dtype, framework, namespace
+from ..backends.errors import ArgumentError
+from ..backends.exchange import like, to_numpy
+from ..core import checks, original
+from ..core.attention import Reading
+from ..core.basis import Basis, gaussian_basis
+from ..core.consolidation import Scheme, fitted, updated, updated_in_bins
+from ..core.density import DENSITIES, expected_value
+from ..core.positions import fraction, resample
+from ..core.report import SignalReport, signal_report, smallest_scheme
+from ..core.signal import Signal, penalty
+from .file import Savable
+from .lock import ReadWriteLock
+from .rows import detached, listed, taken, token_array
+from .state import pack, required, unpack
+from .sticky import bins_drawn, drawn_bins, generator, histogram_of
+
+DTYPES = ("float32", "float64")
+COMPATIBLE = ("infinite-former",)
+SEGMENT = 512  # tokens a report supposes a write to bring, until one has
+
+
+class ContinuousMemory(Savable):
+    """Unbounded memory of fixed size: a signal x(t) on [0, 1] a row, contracted whenever new tokens come.
+
+    Parameters
+    ----------
+    rows : int
+        Documents, users or batch elements; none ever sees another's signal.
+    dim : int
+        Width of a token's vector.
+    basis : int or Basis
+        How many Gaussians, or which functions.
+    contraction : float
+        tau in (0, 1): what a write leaves of the room to the old signal.
+    ridge : float
+        Relative penalty of every fit; at least 1e-4 keeps the condition below 1 + N/ridge.
+    sticky : bool
+        Whether writes keep more of the old signal where attention fell.
+    samples : int
+        M: at how many positions a write looks at the old signal.
+    segment : int, optional
+        Tokens for which `contraction` holds: a write of n contracts by contraction^(n/segment), so that time passes
+        by the token, however many come at once. None: every write contracts alike, as in the paper.
+    density : {"truncated_gaussian", "gaussian", "sparsemax", "biweight"}
+        Where a read looks, unless it says otherwise.
+    bins : int
+        D: bins of the attention histogram.
+    dtype : {"float32", "float64"}
+        Of the coefficients.
+    compat : {"infinite-former"}, optional
+        Reproduce the authors' code: padding, positions, `ridge` as lambda itself, plain Gaussian, 128 bins, draws with
+        replacement at left edges.
+    seed : int or numpy.random.Generator
+        Of the sticky positions. A PCG64 generator may be shared between memories; its state is saved.
+
+    Raises
+    ------
+    ArgumentError
+        A size below 1, an unknown choice, contraction outside (0, 1), or a negative ridge.
+
+    Notes
+    -----
+    Bytes: rows x N x dim x itemsize, and nothing a token. The coefficients live in the framework and on the device of
+    what was last written. A write costs O(N² dim + N n dim) at most, a read O(q N dim); the factorisations are made
+    once for a length and shared through a bounded cache.
+    Source: Martins et al., "∞-former: Infinite Memory Transformer" (ACL 2022, arXiv 2109.00301), section 3. Differs
+    from the paper in that samples stand at midpoints, no zeros are fitted outside [0, 1], the penalty is relative, the
+    density is cut to [0, 1], and sticky positions are drawn systematically inside the bins.
+
+    Examples
+    --------
+    >>> import numpy as np, perdure
+    >>> memory = perdure.ContinuousMemory(rows=1, dim=4, basis=64)
+    >>> for _ in range(100):
+    ...     memory.write(np.ones((1, 256, 4)))
+    >>> memory.tokens, memory.nbytes
+    (array([25600]), 1024)
+    >>> bool(abs(memory.signal([0.7])[0, 0, 0] - 1) < 0.01)
+    True
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        basis: int | Basis = 512,
+        contraction: float = 0.5,
+        ridge: float = 1e-3,
+        sticky: bool = True,
+        samples: int = 512,
+        *,
+        segment: int | None = None,
+        density: str = "truncated_gaussian",
+        bins: int = original.BINS,
+        dtype: str = "float32",
+        compat: str | None = None,
+        seed: int | np.random.Generator = 0,
+    ):
+        self.rows, self.dim = checks.count("rows", rows), checks.count("dim", dim)
+        self.basis = basis if isinstance(basis, Basis) else gaussian_basis(checks.count("basis", basis))
+        self.contraction, self.sticky = fraction("contraction", contraction), bool(sticky)
+        self.segment = None if segment is None else checks.count("segment", segment)
+        self.density, self.bins = checks.choice("density", density, DENSITIES), checks.count("bins", bins)
+        self.dtype = checks.choice("dtype", dtype, DTYPES)
+        self.compat = None if compat is None else checks.choice("compat", compat, COMPATIBLE)
+        if self.compat:
+            self.density, self.bins = "gaussian", original.BINS
+        self.scheme = Scheme(self.basis, penalty(ridge), checks.count("samples", samples), self.compat is not None)
+        self._rng = generator(seed)
+        self._lock = ReadWriteLock()
+        self._written = np.zeros(self.rows, np.int64)
+        self._last_segment = self.segment or SEGMENT
+        self._coefficients: Any = np.zeros((self.rows, len(self.basis), self.dim), self.dtype)
+
+    @classmethod
+    def for_horizon(
+        cls,
+        tokens: int,
+        error: float = 0.3,
+        *,
+        rows: int,
+        dim: int,
+        segment: int = 512,
+        features: int | None = None,
+        most: int = 2048,
+        **settings: Any,
+    ) -> Self:
+        """The smallest memory that still recalls what came `tokens` ago with at most that predicted relative error.
+
+        Parameters
+        ----------
+        tokens : int
+            How far back.
+        error : float
+            In (0, 1).
+        rows, dim : int
+        segment : int
+            Tokens a write brings.
+        features : int, optional
+            How many independent features a segment carries; segment/16 by default.
+        most : int
+            Largest N tried.
+        **settings
+            `settings` are passed on to the constructor.
+
+        Returns
+        -------
+        ContinuousMemory
+            With N a power of two, widths scaled to it, and the contraction that predicts the least error.
+
+        Raises
+        ------
+        ArgumentError
+            No N up to `most` reaches it; the message names the best error there.
+        """
+        length = checks.count("segment", segment)
+        features = checks.count("features", max(length // 16, 1) if features is None else features)
+        ridge = penalty(settings.pop("ridge", 1e-3))
+        scheme, contraction = smallest_scheme(
+            checks.count("tokens", tokens),
+            fraction("error", error),
+            ridge,
+            length,
+            features,
+            checks.count("most", most),
+        )
+        n, samples = len(scheme.basis), scheme.samples
+        return cls(rows, dim, n, contraction, ridge, samples=samples, segment=length, **settings)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens written since the row was last cleared, int64 (rows,)."""
+        return self._written.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the coefficients."""
+        return self.rows * len(self.basis) * self.dim * np.dtype(self.dtype).itemsize
+
+    @property
+    def signal(self) -> Signal:
+        """What is remembered, with leading axis (rows,); rows that nothing was written to are zero."""
+        B, scheme = self._coefficients, self.scheme
+        return Signal(B, self.basis, scheme.ridge, B.dtype, self._last_segment, scheme.original)
+
+    def write(
+        self, x: Any, attention: Any = None, rows: Sequence[int] | None = None, mask: Any = None, draws: Any = None
+    ) -> None:
+        """Contract what is remembered and put new tokens after it.
+
+        Parameters
+        ----------
+        x : array (rows, n, dim)
+            Any n; a row's first write fills all of its signal.
+        attention : (mean, variance) or array (rows, D), optional
+            Where reads looked since the last write: the densities of the last read, (rows, ..., q) each, or a
+            histogram over D equal bins. Without it, or where it is zero, the old signal is kept evenly.
+        rows : sequence of int, optional
+            Which rows the first axis stands for, each at most once; all by default.
+        mask : bool array (rows, n), optional
+            False is padding, and not written. A row with nothing to write is left as it is.
+        draws : integer array (rows, M), optional
+            With compat: the bins to keep, in place of drawing them.
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
+            In every case nothing has been written.
+
+        Notes
+        -----
+        Gradients reach x through the newest segment only; what is remembered is detached.
+        """
+        chosen = listed(rows, self.rows)
+        checks.floating_arrays(x=x)
+        checks.shape("x", x, len(chosen), "n", self.dim, whole=True)
+        checks.measurable(x=x)
+        tokens = (len(chosen), int(x.shape[1]))
+        present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
+        histogram = None
+        if self.sticky and attention is not None:
+            edges = original.edges() if self.compat else np.arange(self.bins + 1) / self.bins
+            histogram = histogram_of(attention, len(chosen), edges, self.density, exact=self.compat is not None)
+        if draws is not None:
+            if not self.compat:
+                raise ArgumentError("draws", "None without compat", "an array", "Pass compat='infinite-former'.")
+            draws = bins_drawn("draws", draws, (len(chosen), self.scheme.samples), self.bins)
+        old, x = self._beside(x), cast(x, self._dtype_beside(x))
+        changed: dict[int, Any] = {}
+        lengths = present.sum(axis=1)
+        kinds = list(zip((self._written[chosen] == 0).tolist(), lengths.tolist(), strict=True))
+        for fresh, length in sorted(set(kinds)):
+            if length == 0:
+                continue
+            group = [i for i, kind in enumerate(kinds) if kind == (fresh, length)]
+            new, of = taken(x, group, present), [chosen[i] for i in group]
+            if fresh:
+                made = fitted(self.scheme, new)
+            else:
+                of_group = (None if a is None else a[group] for a in (histogram, draws))
+                made = self._contracted(taken(old, of), new, *of_group)
+            if of == list(range(self.rows)):
+                whole = made
+                break
+            changed |= {row: made[j, ...] for j, row in enumerate(of)}
+        else:
+            xp, whole = namespace(old), self._coefficients
+            if changed:
+                whole = xp.stack([changed.get(r, old[r, ...]) for r in range(self.rows)])
+        with self._lock.writing:
+            self._coefficients = whole
+            self._written[chosen] += lengths
+            self._last_segment = int(lengths.max(initial=0)) or self._last_segment
+
+    def _contracted(self, B: Any, x: Any, histogram: np.ndarray | None, draws: np.ndarray | None) -> Any:
+        """Coefficients (group, N, dim) after a write of x (group, n, dim) to rows that hold B."""
+        contraction = self._contraction(x.shape[1])
+        if self.compat and draws is None and histogram is not None:
+            draws = drawn_bins(histogram, self.scheme.samples, self._rng)
+        if draws is not None:
+            counts = original.counts_of_draws(draws)
+            return updated_in_bins(self.scheme, B, x, contraction, original.left_edges(), counts)
+        where = None if histogram is None else resample(histogram, self.scheme.samples, self._rng)
+        return updated(self.scheme, B, x, contraction, where)
+
+    def _contraction(self, length: int) -> float:
+        return self.contraction ** (1 if self.segment is None else length / self.segment)
+
+    def read(self, mean: Any, variance: Any, density: str | None = None, rows: Sequence[int] | None = None) -> Reading:
+        """What queries see that look at the memory through a density each.
+
+        Parameters
+        ----------
+        mean : array (rows, ..., q)
+            Where each looks, in [0, 1]: 0 the oldest, 1 the newest.
+        variance : array (rows, ..., q), or a number for all
+        density : {"truncated_gaussian", "gaussian", "sparsemax", "biweight"}, optional
+            The memory's own by default.
+        rows : sequence of int, optional
+            Which rows the first axis stands for; all by default.
+
+        Returns
+        -------
+        Reading
+            output (rows, ..., q, dim) in the dtype of `mean`; lse (rows, ..., q), the logarithm of the mass: 0, or -inf
+            with output 0 in rows that nothing was written to.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
+        """
+        chosen = listed(rows, self.rows)
+        checks.floating_arrays(mean=mean)
+        checks.shape("mean", mean, len(chosen), *"q" * max(mean.ndim - 1, 1))
+        xp, shape = namespace(mean), tuple(mean.shape)
+        if framework(variance) is not None:
+            checks.floating_arrays(mean=mean, variance=variance)
+            checks.leading(mean=(mean, 0), variance=(variance, 0))
+            variance = xp.reshape(xp.broadcast_to(variance, shape), (shape[0], -1))
+        with self._lock.reading:
+            B, written = taken(self._beside(mean, keep_graph=True), chosen), self._written[chosen]
+        signal = Signal(B, self.basis, self.scheme.ridge, mean.dtype, self._last_segment, self.scheme.original)
+        output = expected_value(signal, xp.reshape(mean, (shape[0], -1)), variance, density or self.density)
+        empty = like(np.where(written > 0, 0.0, -np.inf), mean, computing_dtype(mean))
+        lse = xp.broadcast_to(xp.reshape(empty, (-1,) + (1,) * (len(shape) - 1)), shape)
+        return Reading(xp.reshape(output, (*shape, self.dim)), lse)
+
+    def report(self, segment: int | None = None, features: int | None = None) -> SignalReport:
+        """What this memory can hold, segments of `segment` tokens with `features` each; see Signal.report.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        length = self._last_segment if segment is None else checks.count("segment", segment)
+        return signal_report(self.scheme, length, self._contraction(length), features)
+
+    def clear(self, rows: Sequence[int] | None = None) -> None:
+        """Forget everything in `rows`, or in all of them.
+
+        Raises
+        ------
+        ArgumentError
+            A row out of range; then nothing has been forgotten.
+        """
+        chosen = listed(rows, self.rows)
+        B = detached(self._coefficients)
+        kept = np.ones((self.rows, 1, 1), bool)
+        kept[chosen] = False
+        xp = namespace(B)
+        with self._lock.writing:
+            self._coefficients = xp.where(like(kept, B), B, xp.zeros_like(B))
+            self._written[chosen] = 0
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Coefficients, counts and basis as a flat dict of arrays; "config" holds the rest as JSON bytes."""
+        names = ("rows", "dim", "contraction", "sticky", "segment", "density", "bins", "dtype", "compat")
+        config = {name: getattr(self, name) for name in names}
+        config |= {"ridge": self.scheme.ridge, "samples": self.scheme.samples, "kind_of_basis": self.basis.kind}
+        with self._lock.reading:
+            config |= {"generator": self._rng.bit_generator.state, "last_segment": self._last_segment}
+            B = np.array(to_numpy(detached(self._coefficients)))
+            arrays = {"coefficients": B, "written": self.tokens}
+        arrays |= {"centers": self.basis.centers.copy(), "widths": self.basis.widths.copy()}
+        return pack("ContinuousMemory", config, arrays)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The memory that `state` describes; its behaviour is bit-identical from here on.
+
+        Raises
+        ------
+        ArgumentError
+            No state of a ContinuousMemory, or an altered one.
+        """
+        config, arrays = unpack("ContinuousMemory", state)
+        try:
+            generator, last, kind = (config.pop(name) for name in ("generator", "last_segment", "kind_of_basis"))
+            basis = Basis(
+                required(arrays, "centers", (None,), np.float64), required(arrays, "widths", (None,), np.float64), kind
+            )
+            memory = cls(basis=basis, **config)
+            memory._rng.bit_generator.state = generator
+            memory._last_segment = checks.count("last_segment", last)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ArgumentError):
+                raise
+            raise ArgumentError(
+                "state", "an unaltered state_dict", repr(error), "Pass what state_dict gave."
+            ) from error
+        memory._coefficients = required(
+            arrays, "coefficients", (memory.rows, len(basis), memory.dim), np.dtype(memory.dtype)
+        )
+        memory._written = required(arrays, "written", (memory.rows,), np.int64)
+        if (memory._written < 0).any():
+            raise ArgumentError("state['written']", "counts", str(memory._written), "Pass an unaltered state_dict.")
+        return memory
+
+    def _beside(self, x: Any, keep_graph: bool = False) -> Any:
+        """The coefficients in the framework and on the device of x."""
+        B = self._coefficients if keep_graph else detached(self._coefficients)
+        if framework(B) == framework(x) and B.device == x.device:
+            return B
+        return like(to_numpy(B), x, self._dtype_beside(x))
+
+    def _dtype_beside(self, x: Any) -> Any:
+        return getattr(namespace(x), self.dtype)

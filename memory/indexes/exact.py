@@ -1,0 +1,69 @@
+"""Exact search: every key is scored, and the result is the k best by (score, newest), whatever the batch."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from ...backends.registry import current_backend, load
+from ...core.retrieval import retrieve
+from .protocol import Ring
+
+
+class ExactIndex:
+    """The formula `retrieve` over a row's keys, or what the backend that computes keeps of them for exact search.
+
+    With Numba that is codes of 8 bits (bytes: dim + 12 a key and head; float32 keys, "ip" and "cosine", where the CPU
+    multiplies bytes), and else the keys once more in another order. A key is taken in once, at the first search after
+    its write, in O(heads dim).
+    """
+
+    def __init__(self, heads: int, dim: int, space: str, dtype: np.dtype):
+        self.shape, self.space, self.dtype = (heads, dim), space, dtype
+        self.followed = 0  # tokens of the row's history that were taken in, or have left the row before
+        self.kept: Any = None
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy starts empty, and follows the copied row at its first search."""
+        heads, dim = self.shape
+        return type(self), (heads, dim, self.space, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.kept is None else self.kept.nbytes
+
+    def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        make, keys = getattr(load(current_backend()), "exact_keys", None), row.keys[:, : row.stored]
+        if make is None:
+            scores, ages = retrieve(queries, keys, k, self.space, None, row.start)
+        else:
+            with self.lock:
+                self.follow(row, make)
+                self.kept.settle_down(keys)
+            scores, ages = self.kept.search(keys, queries, k, row.start)
+        return scores, np.where(ages >= 0, ages + row.oldest, -1)
+
+    def follow(self, row: Ring, make: Any) -> None:
+        """Take in the keys that came since; those that left were in the slots that the new ones take."""
+        if self.kept is None:
+            self.kept, self.followed = make(*self.shape, self.space, self.dtype), 0
+        if self.followed == row.written:
+            return
+        self.kept.grow(row.keys.shape[1])
+        for slots in written_since(row, self.followed):
+            self.kept.write(row.keys[:, slots], slots.start)
+        self.followed = row.written
+
+
+def written_since(row: Ring, position: int) -> list[slice]:
+    """The slots of the tokens from `position` on that the row still holds, oldest first, as one or two ranges."""
+    position, ranges = max(position, row.oldest), []
+    while position < row.written:
+        slot = position % row.capacity
+        count = min(row.written - position, row.capacity - slot)
+        ranges.append(slice(slot, slot + count))
+        position += count
+    return ranges

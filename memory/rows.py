@@ -1,0 +1,57 @@
+"""Which rows a call is about, and what of an array belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..backends.arrays import common_framework, namespace
+from ..backends.errors import ArgumentError, DTypeError
+from ..backends.exchange import like, to_numpy
+from ..core import checks
+
+
+def listed(rows: Sequence[int] | None, total: int) -> list[int]:
+    """`rows` as distinct ints below `total`; all of them for None.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if rows is None:
+        return list(range(total))
+    chosen = [checks.count("rows", row, least=0) for row in rows]
+    if len(set(chosen)) < len(chosen) or any(row >= total for row in chosen):
+        raise ArgumentError("rows", f"distinct rows below {total}", str(chosen), "Name each row once.")
+    return chosen
+
+
+def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
+    """`given` as NumPy, which must be (rows, n) of that kind of dtype.
+
+    Raises
+    ------
+    ShapeError, DTypeError, FrameworkError
+    """
+    common_framework(**{argument: given})
+    array = to_numpy(given)
+    if not np.isdtype(array.dtype, kind):
+        raise DTypeError(argument, f"a dtype of kind {kind}", str(array.dtype), f"Cast {argument} first.")
+    checks.shape(argument, array, *tokens, whole=True)
+    return array
+
+
+def detached(array: Any) -> Any:
+    """`array` without the graph behind it, on the same memory."""
+    return array.detach() if hasattr(array, "detach") else array
+
+
+def taken(x: Any, group: Sequence[int], present: np.ndarray | None = None) -> Any:
+    """Rows of x in `group`, without the tokens that are not `present`; x itself where that is all of it."""
+    whole = list(group) == list(range(x.shape[0]))
+    if present is None or present[list(group)].all():
+        return x if whole else namespace(x).stack([x[i, ...] for i in group])
+    xp = namespace(x)
+    return xp.stack([xp.take(x[i, ...], like(np.flatnonzero(present[i]), x), axis=0) for i in group])

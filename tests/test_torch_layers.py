@@ -1,0 +1,286 @@
+"""What every layer with memory promises, tested once for all of them."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch_layers import BUILD, DIM, HEADS, SEGMENT, build, run, tokens
+
+from perdure import ArgumentError, DTypeError, FrameworkError, ShapeError
+
+every_layer = pytest.mark.parametrize("name", BUILD)
+LONG = 5 * SEGMENT + 2
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@every_layer
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        range(1, LONG),
+        range(SEGMENT, LONG, SEGMENT),
+        range(SEGMENT - 1, LONG, SEGMENT - 1),
+        (1, 1, 2 * SEGMENT + 1, 2 * SEGMENT + 2, LONG),
+    ],
+    ids=["token by token", "segments", "out of step", "uneven, some empty"],
+)
+def test_how_calls_are_cut_changes_nothing(name, cuts):
+    layer, x = build(name), tokens(2, LONG)
+    whole, after = run(layer, x)
+    parts, memory = run(layer, x, cuts)
+    close(parts, whole)
+    close(memory.position, after.position)
+    following = tokens(2, 3, seed=2)
+    close(layer(following, memory)[0], layer(following, after)[0])
+
+
+@every_layer
+@pytest.mark.parametrize("cuts", [(), (7,), range(5, LONG, 5), range(1, LONG)], ids=["whole", "two", "fives", "ones"])
+def test_padding_changes_nothing(name, cuts):
+    layer, x = build(name), tokens(3, LONG)
+    alone = [run(layer, x[i : i + 1, : LONG - pad])[0][0] for i, pad in enumerate((0, 3, SEGMENT + 1))]
+    padded, mask = torch.full_like(x, torch.nan), torch.zeros(3, LONG, dtype=torch.bool)
+    for i, pad in enumerate((0, 3, SEGMENT + 1)):
+        padded[i, pad:], mask[i, pad:] = x[i, : LONG - pad], True
+    output, memory = run(layer, padded, cuts, mask=mask)
+    for i, expected in enumerate(alone):
+        close(output[i, LONG - len(expected) :], expected)
+    assert (output[~mask] == 0).all()
+    assert memory.position.tolist() == [LONG, LONG - 3, LONG - SEGMENT - 1]
+
+
+@every_layer
+def test_padding_inside_a_call_and_on_the_right(name):
+    layer, x = build(name), tokens(1, 9)
+    expected = run(layer, x)[0]
+    spread = torch.zeros(1, 20, DIM, dtype=x.dtype)
+    mask = torch.zeros(1, 20, dtype=torch.bool)
+    mask[0, [0, 1, 2, 5, 8, 9, 12, 13, 14]] = True
+    spread[mask] = x[0]
+    close(run(layer, spread, (4, 11), mask=mask)[0][mask], expected[0])
+
+
+@every_layer
+@pytest.mark.parametrize("read", [SEGMENT, 2 * SEGMENT + 1], ids=["at a boundary", "inside a segment"])
+def test_a_row_that_starts_is_a_fresh_row_and_others_go_on(name, read):
+    layer, x, new = build(name), tokens(2, read), tokens(2, LONG, seed=3)
+    _, memory = run(layer, x)
+    going_on, _ = layer(new, copy.deepcopy(memory))
+    output, after = layer(new, memory, start=torch.tensor([False, True]))
+    close(output[0], going_on[0])
+    close(output[1], layer(new[1:])[0][0])
+    assert after.position.tolist() == [read + LONG, LONG]
+
+
+@every_layer
+def test_rows_never_see_one_another(name):
+    layer, x = build(name), tokens(2, LONG)
+    other = x.clone()
+    other[1] = 100 * tokens(1, LONG, seed=4)[0]
+    close(run(layer, other)[0][0], run(layer, x)[0][0])
+
+
+@every_layer
+def test_no_token_sees_a_later_one(name):
+    layer, x = build(name), tokens(1, LONG)
+    later = x.clone()
+    later[:, 20:] += 1
+    changed = (run(layer, x)[0] - run(layer, later)[0]).abs().amax(dim=(0, 2)) > 0
+    assert changed.tolist() == [False] * 20 + [True] * (LONG - 20)
+
+
+@every_layer
+@pytest.mark.parametrize("read", [0, SEGMENT, 3 * SEGMENT + 1], ids=["empty", "one segment", "full"])
+def test_gradients_are_those_of_finite_differences(name, read):
+    layer = build(name)
+    memory = run(layer, tokens(2, read))[1]
+    state = memory.state_dict()
+    start, mask = torch.tensor([False, True]), torch.ones(2, 5, dtype=torch.bool)
+    mask[0, :2] = False
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def output(x, *values):
+        fresh = type(memory).from_state_dict(state)
+        given = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(layer, given, (x, fresh, start, mask))[0]
+
+    x = tokens(2, 5, seed=5)
+    x[0] *= 1e-2
+    assert torch.autograd.gradcheck(
+        output, (x.requires_grad_(), *parameters), eps=1e-7, atol=1e-5, rtol=1e-4, fast_mode=True
+    )
+
+
+@every_layer
+@pytest.mark.parametrize("situation", ["empty", "full", "cleared", "masked", "zeros", "huge"])
+def test_gradients_are_finite(name, situation):
+    layer, x = build(name), tokens(2, SEGMENT, seed=6)
+    memory = None if situation == "empty" else run(layer, tokens(2, LONG - 2))[1]
+    start = torch.tensor([situation == "cleared"] * 2)
+    mask = torch.full((2, SEGMENT), situation != "masked")
+    x = {"zeros": 0 * x, "huge": 1e4 * x}.get(situation, x).requires_grad_()
+    output, memory = layer(x, memory, start, mask)
+    output, _ = layer(x, memory)
+    output.square().sum().backward()
+    assert torch.isfinite(output).all()
+    for gradient in (x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)):
+        assert torch.isfinite(gradient).all()
+
+
+@every_layer
+def test_checkpointed_gradients_are_the_same_and_memory_steps_once(name):
+    x = tokens(2, 4 * SEGMENT)
+
+    def train(call):
+        layer, memory, gradients = build(name), None, []
+        for segment in x.split(SEGMENT, dim=1):
+            output, memory = call(layer, segment, memory)
+            layer.zero_grad()
+            output.square().sum().backward()
+            gradients += [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        return output, gradients, memory.state_dict()
+
+    plain = train(lambda layer, *args: layer(*args))
+    again = train(functools.partial(checkpoint, use_reentrant=False))
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+@every_layer
+def test_compiles_into_one_graph(name):
+    layer, x = build(name), tokens(2, 4 * SEGMENT)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    memory = expected_memory = None
+    for i, segment in enumerate(x.split(SEGMENT, dim=1)):
+        start = torch.tensor([False, i == 2])
+        memory = layer.memory(2) if memory is None else memory
+        output, memory = compiled(segment, memory, start)
+        expected, expected_memory = layer(segment, expected_memory, start)
+        close(output, expected)
+        gradients = [
+            torch.autograd.grad(o.square().sum(), list(layer.parameters()), allow_unused=True)
+            for o in (output, expected)
+        ]
+        torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(memory.state_dict(), expected_memory.state_dict())
+
+
+@every_layer
+def test_copies_of_a_memory_go_their_own_way(name):
+    layer, x = build(name), tokens(2, LONG)
+    _, memory = run(layer, x)
+    copied, swapped = copy.deepcopy(memory), memory.select([1, 0, 1])
+    following = tokens(2, 2 * SEGMENT, seed=7)
+    expected, _ = run(layer, following, memory=memory)
+    run(layer, -following, memory=copied)
+    again, _ = run(layer, following[[1, 0, 1]], memory=swapped)
+    close(again, expected[[1, 0, 1]])
+
+
+@every_layer
+def test_a_saved_memory_continues_bit_by_bit(name, tmp_path):
+    layer, x = build(name), tokens(2, LONG)
+    _, memory = run(layer, x)
+    torch.save(memory.state_dict(), tmp_path / "memory.pt")
+    loaded = type(memory).from_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
+    following = tokens(2, 2 * SEGMENT, seed=8)
+    (a, after), (b, also) = (run(layer, following, memory=m) for m in (memory, loaded))
+    torch.testing.assert_close((a, after.state_dict()), (b, also.state_dict()), rtol=0, atol=0)
+
+
+@every_layer
+def test_a_layer_holds_parameters_only(name):
+    layer = build(name)
+    run(layer, tokens(2, LONG))
+    assert not list(layer.buffers())
+    assert set(layer.state_dict()) == {n for n, _ in layer.named_parameters()}
+    copied = copy.deepcopy(layer)
+    close(copied(tokens(1, 4))[0], layer(tokens(1, 4))[0])
+
+
+@every_layer
+def test_memory_has_no_graph_and_counts_its_bytes(name):
+    layer = build(name)
+    _, memory = layer(tokens(2, LONG).requires_grad_())
+    assert not any(t.requires_grad for t in memory.tensors().values())
+    assert memory.nbytes >= sum(t.nbytes for t in memory.tensors().values())
+    assert memory.rows == 2
+
+
+@every_layer
+def test_evaluation_and_training_read_alike(name):
+    layer, x = build(name), tokens(2, LONG)
+    expected = run(layer, x)[0]
+    with torch.inference_mode():
+        close(run(layer.eval(), x, (SEGMENT, 8))[0], expected)
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(name, dtype):
+    layer, x = build(name), tokens(2, LONG)
+    expected = run(layer, x)[0]
+    output, memory = run(layer.to(dtype), x.to(dtype), (SEGMENT, SEGMENT + 3))
+    assert output.dtype == dtype
+    assert {t.dtype for t in memory.tensors().values() if t.is_floating_point()} <= {dtype, torch.float32}
+    assert (output.double() - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@every_layer
+def test_autocast(name):
+    layer, x = build(name).float(), tokens(2, LONG).float()
+    expected = run(layer, x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, memory = run(layer, x, (SEGMENT, SEGMENT + 3))
+    assert output.dtype == torch.bfloat16
+    assert {t.dtype for t in memory.tensors().values() if t.is_floating_point()} == {torch.float32}
+    assert (output.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+    output.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+
+
+@every_layer
+def test_wrong_arguments_are_named(name):
+    layer, x = build(name), tokens(2, 4)
+    _, memory = layer(x)
+    before = memory.state_dict()
+    other = MISFIT[name.partition(",")[0]]().double()
+    for error, argument, call in [
+        (FrameworkError, "x", lambda: layer(x.numpy())),
+        (DTypeError, "x", lambda: layer(x.long())),
+        (ShapeError, "x", lambda: layer(x[..., :-1])),
+        (ShapeError, "x", lambda: layer(x[0])),
+        (ArgumentError, "memory", lambda: layer(x, [memory])),
+        (ShapeError, "memory", lambda: layer(x[:1], memory)),
+        (ShapeError, "memory", lambda: other(x, memory)),
+        (FrameworkError, "memory", lambda: layer(x.to("meta"), memory)),
+        (ShapeError, "start", lambda: layer(x, memory, start=torch.tensor([True]))),
+        (DTypeError, "start", lambda: layer(x, memory, start=torch.tensor([1, 0]))),
+        (ShapeError, "mask", lambda: layer(x, memory, mask=torch.ones(2, 4, 4, dtype=torch.bool))),
+        (DTypeError, "mask", lambda: layer(x, memory, mask=torch.ones(2, 4))),
+        (ArgumentError, "rows", lambda: memory.select([2])),
+        (ArgumentError, "state", lambda: type(memory).from_state_dict({})),
+    ]:
+        with pytest.raises(error) as caught:
+            call()
+        assert caught.value.argument.startswith(argument)
+    torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
+
+
+def _memorizing():
+    from perdure.bindings.torch import MemorizingAttention
+
+    return MemorizingAttention(DIM, HEADS, capacity=20, k=3, segment=SEGMENT + 1)
+
+
+def _transformer_xl():
+    from perdure.bindings.torch import TransformerXLAttention
+
+    return TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=9)
+
+
+MISFIT = {"memorizing": _memorizing, "transformer-xl": _transformer_xl}

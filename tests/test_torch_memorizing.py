@@ -1,0 +1,200 @@
+"""MemorizingAttention against its definition, token by token in NumPy, and the operator behind it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from perdure.bindings.torch import MemorizingAttention
+from perdure.bindings.torch.ops import recall
+from torch_layers import DIM, HEADS, SEGMENT, build, run, tokens
+
+from perdure import ArgumentError, NonFiniteError
+
+
+def softmax(scores):
+    powers = np.exp(scores - scores.max())
+    return powers / powers.sum()
+
+
+def definition(layer, x):
+    """What the layer should give for one document x (n, DIM), by the equations of section 3 and nothing else."""
+
+    def heads(project):
+        return (x @ project.weight.detach().numpy().T).reshape(len(x), HEADS, -1).transpose(1, 0, 2)
+
+    queries, keys, values = heads(layer.query), heads(layer.key), heads(layer.value)
+    if layer.normalize:
+        queries, keys = (a / np.sqrt((a**2).sum(-1, keepdims=True) + 1e-6) for a in (queries, keys))
+    scale = layer.scale.detach().abs().numpy() if layer.normalize else np.full(HEADS, queries.shape[-1] ** -0.5)
+    mixed = np.zeros_like(values)
+    for h in range(HEADS):
+        for p in range(len(x)):
+            boundary = p // layer.segment * layer.segment
+            end = boundary - (0 if layer.overlap else layer.reach)
+            memory = np.arange(max(end - layer.capacity, 0), max(end, 0))
+            nearest = memory[np.argsort(-(keys[h, memory] @ queries[h, p]), kind="stable")[: layer.k]]
+            near = scale[h] * keys[h, nearest] @ queries[h, p]
+            window = np.arange(max(boundary - layer.reach, 0), p + 1)
+            local = scale[h] * keys[h, window] @ queries[h, p]
+            if layer.combine == "joint":
+                weights = softmax(np.concatenate([near, local]))
+                mixed[h, p] = weights @ np.concatenate([values[h, nearest], values[h, window]])
+                continue
+            mixed[h, p] = softmax(local) @ values[h, window]
+            if layer.nothing == "zeros":  # slots without an entry hold zeros, and score 0
+                near = np.append(near, np.zeros(layer.k - len(near)))
+            elif not len(near):
+                continue
+            share = 1 / (1 + np.exp(-layer.gate[h].item()))
+            mixed[h, p] = (1 - share) * mixed[h, p] + share * softmax(near)[: len(nearest)] @ values[h, nearest]
+    return mixed.transpose(1, 0, 2).reshape(len(x), -1) @ layer.output.weight.detach().numpy().T
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 5},
+        {"window": 5, "overlap": False},
+        {"normalize": False, "capacity": 9},
+        {"combine": "joint", "window": 2, "overlap": False},
+        {"nothing": "zeros"},
+        {"nothing": "zeros", "k": 15, "head_dim": 5},
+        {"segment": 1},
+        {"capacity": 2, "k": 4},
+    ],
+    ids=str,
+)
+def test_the_layer_is_its_definition(options):
+    torch.manual_seed(2)
+    options = {"capacity": 14, "k": 4, "segment": SEGMENT, "dtype": "float64", **options}
+    layer = MemorizingAttention(DIM, HEADS, **options).double()
+    with torch.no_grad():
+        if layer.scale is not None:
+            layer.scale.copy_(torch.tensor([7.0, -3.0]))
+        if layer.gate is not None:
+            layer.gate.copy_(torch.tensor([0.5, -1.0]))
+    x = tokens(2, 41)
+    output = run(layer, x, (SEGMENT, 20))[0].detach().numpy()
+    for i in range(2):
+        np.testing.assert_allclose(output[i], definition(layer, x[i].numpy()), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("positions", ["rope", "t5"])
+def test_positions_count_distances_only(positions):
+    torch.manual_seed(3)
+    options = {"capacity": 64, "segment": SEGMENT, "window": 3, "positions": positions, "dtype": "float64"}
+    layer = MemorizingAttention(DIM, HEADS, k=64, normalize=False, nothing="local", **options).double()
+    with torch.no_grad():
+        layer.gate.fill_(-1e9)  # local attention alone
+    x = tokens(1, 3 * SEGMENT)
+    with_past = run(layer, x)[0][:, -SEGMENT:]
+    window = run(layer, x[:, -SEGMENT - 3 :])[0]  # the same tokens, at other absolute positions
+    torch.testing.assert_close(with_past[:, :1], window[:, 3:4])
+    assert (run(layer, x.flip(1)[:, :4])[0][:, 3] - run(layer, x.flip(1)[:, [1, 0, 2, 3]])[0][:, 3]).abs().max() > 1e-6
+
+
+def test_memory_takes_a_segment_as_it_ends_and_the_newest_capacity_stay():
+    layer = build("memorizing")
+    memory = None
+    for n, expected in [(SEGMENT - 1, 0), (1, 0), (1, SEGMENT), (SEGMENT, 2 * SEGMENT), (2 * SEGMENT, 20)]:
+        _, memory = run(layer, tokens(1, n), memory=memory)
+        assert memory.tokens.tolist() == [expected]
+
+
+def test_no_gradient_reaches_what_is_remembered():
+    layer, x = build("memorizing"), tokens(1, 3 * SEGMENT).requires_grad_()
+    _, memory = run(layer, x)
+    gradient = torch.autograd.grad(run(layer, tokens(1, 2), memory=memory)[0].sum(), x, allow_unused=True)
+    assert gradient == (None,)
+
+
+def test_gradient_reaches_query_scale_and_gate_through_memory():
+    layer = build("memorizing")
+    _, memory = run(layer, tokens(1, 2 * SEGMENT))
+    with torch.no_grad():
+        layer.gate.fill_(1e3)  # memory alone
+    output, _ = layer(tokens(1, 1), memory)
+    output.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in (layer.query.weight, layer.scale))
+    assert layer.value.weight.grad.abs().sum() == 0
+
+
+def test_a_past_that_is_gone_is_refused_and_a_repeated_one_is_not():
+    layer, x = build("memorizing"), tokens(2, SEGMENT)
+    _, first = layer(x)
+    again = layer(x, first)
+    same = layer(x, first)  # the same step asked for twice is taken once
+    torch.testing.assert_close(same[0], again[0], rtol=0, atol=0)
+    kept = copy.deepcopy(same[1])
+    layer(x, again[1])
+    with pytest.raises(ArgumentError, match="Memory goes one way"):
+        layer(x, first)
+    layer(x, kept)
+
+
+def test_two_futures_of_one_past_are_not_mixed_up():
+    layer, x = build("memorizing"), tokens(1, SEGMENT)
+    _, past = layer(x)
+    _, one = layer(x, past)
+    _, other = layer(-x, past)
+    layer(x, one)
+    with pytest.raises(ArgumentError, match="Memory goes one way"):
+        layer(x, other)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nothing_is_remembered_of_a_rejected_segment(bad):
+    layer, x = build("memorizing"), tokens(2, SEGMENT)
+    _, memory = run(layer, x, (2, 4))
+    expected, _ = layer(x, copy.deepcopy(memory))
+    spoilt = x.clone()
+    spoilt[1, 3] = bad
+    with pytest.raises(NonFiniteError):
+        layer(spoilt, memory)
+    torch.testing.assert_close(layer(x, memory)[0], expected, rtol=0, atol=0)
+
+
+def test_the_operator_keeps_its_promises():
+    layer = build("memorizing")
+    _, memory = run(layer, tokens(2, 3 * SEGMENT))
+    queries = torch.randn(2, HEADS, 4, DIM // HEADS, dtype=torch.float64)
+    start = torch.tensor([False, True])
+    arguments = (memory.token, queries, memory.keys, memory.values, memory.position, start, 3)
+    torch.library.opcheck(recall, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # raised inside PyTorch
+def test_inductor_compiles_a_training_step():
+    layer, x = build("memorizing, cache").float(), tokens(2, 2 * SEGMENT).float()
+    compiled = torch.compile(layer, fullgraph=True)
+    memory, expected_memory = layer.memory(2), layer.memory(2)
+    for segment in x.split(SEGMENT, dim=1):
+        output, memory = compiled(segment, memory)
+        expected, expected_memory = layer(segment, expected_memory)
+        torch.testing.assert_close(output, expected)
+        gradients = [torch.autograd.grad(o.sum(), list(layer.parameters())) for o in (output, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("heads", {"heads": 5}),
+        ("capacity", {"capacity": 0}),
+        ("k", {"k": 0}),
+        ("segment", {"segment": 2.5}),
+        ("combine", {"combine": "sum"}),
+        ("positions", {"positions": "alibi"}),
+        ("nothing", {"nothing": "nan"}),
+        ("index", {"index": "magic"}),
+        ("dtype", {"dtype": "complex64"}),
+        ("reach", {"window": -1}),
+    ],
+)
+def test_wrong_configurations_are_named(argument, options):
+    with pytest.raises(ArgumentError) as caught:
+        MemorizingAttention(**{"dim": DIM, "heads": HEADS, "capacity": 8, **options})
+    assert caught.value.argument == argument

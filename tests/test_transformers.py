@@ -1,0 +1,474 @@
+"""Memory attached to small random decoders: what it must not change, and what it must add."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from perdure.bindings.transformers import attach, detach
+from perdure.bindings.transformers.positions import find_rotary
+
+import perdure
+
+VOCABULARY, WINDOW = 61, 12
+EXACT = {"rtol": 0, "atol": 1e-5}
+
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+
+def seeded(build):
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # sharper attention than initial weights have, so that differences show
+    return model
+
+
+def llama(**changes):
+    return seeded(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes})))
+
+
+def gpt2(**changes):
+    settings = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96, **changes}
+    return seeded(lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)))
+
+
+MODELS = {"llama": llama, "gpt2": gpt2}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, ids, **extra):
+    return model(input_ids=ids, **{"use_cache": False, **extra}).logits
+
+
+def in_windows(model, ids, window, **extra):
+    """Logits of consecutive calls, each of which is remembered by the next."""
+    starts = range(0, ids.shape[1], window)
+    parts = {name: [mask[:, s : s + window] for s in starts] for name, mask in extra.items()}
+    calls = [logits(model, ids[:, s : s + window], **{n: p[i] for n, p in parts.items()}) for i, s in enumerate(starts)]
+    return torch.cat(calls, dim=1)
+
+
+# ---- what attaching must not change ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("mixing", ["joint", "gate"])
+def test_with_nothing_remembered_the_model_is_the_same_bit_for_bit(model, ids, implementation, mixing):
+    model.set_attn_implementation(implementation)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    plain, padded = logits(model, ids), logits(model, ids, attention_mask=mask)
+    memory = attach(model, mixing=mixing)
+    with memory.frozen():
+        assert torch.equal(logits(model, ids), plain)
+        assert torch.equal(logits(model, ids, attention_mask=mask), padded)
+        assert torch.equal(logits(model, ids, use_cache=True), plain)
+    assert torch.equal(logits(model, ids), plain)
+    memory.clear()
+    assert torch.equal(logits(model, ids), plain)
+
+
+@pytest.mark.parametrize("mixing", ["joint", "gate"])
+def test_detach_restores_the_model(model, ids, mixing):
+    plain, names = logits(model, ids), list(model.state_dict())
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    attributes = set(vars(model))
+    memory = attach(model, mixing=mixing)
+    memory.read_document(ids, progress=False)
+    assert not torch.equal(logits(model, ids), plain)
+    detach(model)
+    assert torch.equal(logits(model, ids), plain)
+    assert list(model.state_dict()) == names
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert model.config._attn_implementation == "sdpa"
+    assert set(vars(model)) == attributes
+    attach(model)
+
+
+# ---- what it must add -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("sinks", [0, 3, 20])
+@pytest.mark.parametrize("window", [1, 12, 40])
+def test_a_memory_of_everything_is_full_attention(model, ids, window, sinks, implementation):
+    model.set_attn_implementation(implementation)
+    full = logits(model, ids)
+    attach(model, k=ids.shape[1], sinks=sinks)
+    torch.testing.assert_close(in_windows(model, ids, window), full, **EXACT)
+
+
+def test_a_document_scores_as_full_attention_does(model, ids):
+    full = logits(model, ids)
+    expected = torch.nn.functional.cross_entropy(full[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    losses = attach(model, k=40, window=WINDOW).read_document(ids, progress=False, score=True)
+    assert losses.shape == ids.shape
+    assert losses[:, 0].isnan().all()
+    torch.testing.assert_close(losses[:, 1:], expected, **EXACT)
+
+
+def test_padding_is_neither_attended_to_nor_remembered(model, ids):
+    lengths, padding = (40, 31), 9
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[1, :padding], padded[1, padding:], mask[1, :padding] = 7, ids[1, : lengths[1]], 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for row, length in enumerate(lengths):
+        memory = attach(model, k=4, capacity=14)
+        alone = in_windows(model, ids[row : row + 1, :length], 40)
+        question = logits(model, ids[row : row + 1, :WINDOW])
+        detach(model)
+        memory = attach(model, k=4, capacity=14)
+        together = logits(model, padded, attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(together[row, 40 - length :], alone[0], **EXACT)
+        answers = logits(model, ids[:, :WINDOW].roll(0, 0)[[row, row]])
+        torch.testing.assert_close(answers[row], question[0], **EXACT)
+        assert memory.tokens.tolist() == [18, 18]
+        detach(model)
+
+
+def test_padded_segments_continue_where_the_row_ended(ids):
+    model = llama()
+    left, right = torch.ones_like(ids), torch.ones_like(ids)
+    left[:, :5] = 0
+    first, second = ids[:, :20], ids[:, 20:]
+    attach(model, k=64)
+    logits(model, first)
+    plain = logits(model, second[:, :15])
+    detach(model)
+    attach(model, k=64)
+    logits(model, torch.cat([first[:, :5], first], 1), attention_mask=torch.cat([left[:, :5], right[:, :20]], 1))
+    after = logits(model, torch.cat([first[:, :5], second[:, :15]], 1), attention_mask=left[:, :20])
+    torch.testing.assert_close(after[:, 5:], plain, **EXACT)
+
+
+def test_rows_do_not_see_one_another(model, ids):
+    attach(model, k=8)
+    logits(model, ids)
+    before = logits(model, ids[:, :WINDOW])
+    detach(model)
+    memory = attach(model, k=8)
+    other = ids.clone()
+    other[1] = (other[1] + 1) % VOCABULARY
+    logits(model, other)
+    after = logits(model, ids[:, :WINDOW])
+    assert torch.equal(after[0], before[0])
+    assert not torch.allclose(after[1], before[1])
+    memory.clear(rows=[1])
+    assert memory.tokens.tolist() == [52, 0]
+
+
+def test_a_cleared_row_starts_anew_and_the_others_go_on(model, ids):
+    plain = logits(model, ids)
+    memory = attach(model, k=8)
+    logits(model, ids)
+    memory.clear(rows=[0])
+    after = logits(model, ids[:, :WINDOW])
+    torch.testing.assert_close(after[0], plain[0, :WINDOW], **EXACT)
+    assert not torch.allclose(after[1], plain[1, :WINDOW])
+    memory.clear()
+    assert memory.tokens.tolist() == []
+    assert memory.nbytes == 0
+    assert torch.equal(logits(model, ids), plain)
+
+
+def test_shared_key_heads_equal_repeated_ones(ids):
+    shared, repeated = llama(), llama(num_key_value_heads=4)
+    repeated.load_state_dict(
+        {
+            name: weight.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+            if ".k_" in name or ".v_" in name
+            else weight
+            for name, weight in shared.state_dict().items()
+        }
+    )
+    for model in (shared, repeated):
+        attach(model, k=5)
+    torch.testing.assert_close(in_windows(shared, ids, WINDOW), in_windows(repeated, ids, WINDOW), **EXACT)
+
+
+def test_memory_is_bounded_and_the_first_tokens_stay(ids):
+    model = llama()
+    memory = attach(model, capacity=10, sinks=3, k=10, layers=1)
+    memory.read_document(ids[:, :30], progress=False)
+    assert memory.tokens.tolist() == [13, 13]
+    with memory.tracing(keep=10) as trace, memory.frozen():
+        logits(model, ids[:, 30:])
+    assert trace.tokens == 10
+    assert {draw.position for draw in trace.draws(4, row=1)} == set(range(20, 30))
+
+
+def test_only_the_chosen_layers_remember(ids):
+    model = llama()
+    memory = attach(model, layers=[-1, 0])
+    assert sorted(memory.layers) == [0, 2]
+    memory.read_document(ids, progress=False)
+    after = logits(model, ids)
+    detach(model)
+    attach(model, layers=[0, 1, 2])
+    model.perdure_memory.read_document(ids, progress=False)
+    assert not torch.allclose(logits(model, ids), after)
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+ROTARIES = {
+    "llama": lambda: llama(),
+    "scaled": lambda: llama(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+    "partial": lambda: seeded(
+        lambda: transformers.PhiForCausalLM(
+            transformers.PhiConfig(**LLAMA, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+def test_keys_turn_as_the_model_itself_would_have_turned_them(name):
+    model = ROTARIES[name]()
+    attention = next(m for m in model.modules() if getattr(m, "layer_idx", None) == 1 and hasattr(m, "is_causal"))
+    rotary = find_rotary(model, attention)
+    vectors = torch.randn(2, 4, 5, 8)
+    old, new = (rotary.angles(torch.tensor([p]), vectors) for p in ([3, 50, 9, 0, 99], [0, 7, 7, 31, 64]))
+    width = old[0].shape[-1]
+    assert (width < 8) == (name == "partial")
+
+    def rotated(angles):
+        turned = rotary.apply(vectors[..., :width], vectors[..., :width], *angles)[1]
+        return torch.cat([turned, vectors[..., width:]], dim=-1)
+
+    torch.testing.assert_close(rotary.turn(rotated(old), old, new), rotated(new))
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+def test_constant_distance_is_the_true_one_where_they_agree(name, ids):
+    model, answers = ROTARIES[name](), []
+    for settings in ({"positions": "true"}, {"positions": "constant", "distance": 1}):
+        attach(model, sinks=0, **settings)
+        logits(model, ids[:, :1])
+        answers.append(logits(model, ids[:, 1:2]))
+        detach(model)
+    torch.testing.assert_close(*answers, **EXACT)
+
+
+def test_constant_distance_does_not_depend_on_where_memories_stand(ids):
+    model = llama(num_hidden_layers=1)
+    attach(model, positions="constant", sinks=0, k=64)
+    logits(model, ids[:, :20])
+    question = logits(model, ids[:, 30:])
+    detach(model)
+    attach(model, positions="constant", sinks=0, k=64)
+    positions = torch.arange(60, 80)[None]
+    logits(model, ids[:, :20], position_ids=positions)
+    torch.testing.assert_close(logits(model, ids[:, 30:], position_ids=positions[:, :10] + 5), question, **EXACT)
+
+
+def test_learned_positions_end_where_the_model_ends(ids):
+    model = gpt2(n_positions=64)
+    memory = attach(model)
+    memory.read_document(ids, progress=False)
+    with pytest.raises(perdure.ArgumentError, match="positions: expected a document within the 64 positions"):
+        logits(model, ids)
+    assert memory.tokens.tolist() == [40, 40]
+    detach(model)
+    memory = attach(model, positions="constant", window=WINDOW)
+    for _ in range(3):
+        memory.read_document(ids, progress=False)
+    assert memory.tokens.tolist() == [120, 120]
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+def trained(model, ids, steps=2):
+    """Gradients of every parameter after reading `ids` in `steps` segments."""
+    model.zero_grad()
+    for part in ids.chunk(steps, dim=1):
+        model(input_ids=part, labels=part, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mixing", ["joint", "gate"])
+def test_gradients_are_finite_and_do_not_reach_the_past(model, ids, mixing):
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    memory = attach(model, mixing=mixing, k=6)
+    gradients = trained(model, ids)
+    assert all(bool(g.isfinite().all()) for g in gradients.values())
+    assert all(bool(g.any()) for name, g in gradients.items() if name.endswith("perdure_gate"))
+    assert sum(name.endswith("perdure_gate") for name in gradients) == (3 if mixing == "gate" else 0)
+    assert memory.tokens.tolist() == [40, 40]
+
+
+def test_gradients_through_memory_are_those_of_full_attention_on_a_fixed_past(ids):
+    model = llama(num_hidden_layers=1)
+    past, now = ids[:, :20], ids[:, 20:]
+    with torch.no_grad():
+        cache = model(past, use_cache=True).past_key_values
+    positions = torch.arange(20, 40)[None]
+    model(now, labels=now, past_key_values=cache, position_ids=positions).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    attach(model, k=64)
+    logits(model, past)
+    model.zero_grad()
+    model(now, labels=now, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(ids):
+    model = llama()
+    attach(model, k=6)
+    expected = trained(model.train(), ids, steps=3)
+    model.perdure_memory.clear()
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):  # what the method to enable it sets, under names that change
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = functools.partial(
+                torch.utils.checkpoint.checkpoint, use_reentrant=False
+            )
+    gradients = trained(model, ids, steps=3)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name])
+
+
+# ---- reading and writing --------------------------------------------------------------------------------------------
+
+
+def test_a_forward_pass_that_fails_changes_nothing(model, ids):
+    memory = attach(model)
+    logits(model, ids)
+    before = stored(memory)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    last = model.base_model.norm if hasattr(model.base_model, "norm") else model.base_model.ln_f
+    with last.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="out of memory"):
+        logits(model, ids)
+    after = stored(memory)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def stored(memory):
+    return {f"{i}.{n}": a for i, layer in memory.layers.items() for n, a in layer.store.state_dict().items()}
+
+
+def test_a_cache_is_read_beside_memory_and_not_written(model, ids):
+    full = logits(model, ids)
+    memory = attach(model, k=64)
+    logits(model, ids[:, :20])
+    first = model(ids[:, 20:30], use_cache=True)
+    second = model(ids[:, 30:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), full[:, 20:], **EXACT)
+    assert memory.tokens.tolist() == [20, 20]
+
+
+def test_generation_continues_what_was_remembered(model, ids):
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 40:]
+    memory = attach(model, k=64)
+    memory.read_document(ids[:, :30], progress=False)
+    settings["attention_mask"] = torch.ones_like(ids[:, 30:])
+    assert torch.equal(model.generate(ids[:, 30:], **settings)[:, 10:], expected)
+    with pytest.raises(perdure.ArgumentError, match="past_key_values: expected a dynamic cache"):
+        model.generate(ids[:, 30:], cache_implementation="static", **settings)
+
+
+def test_half_precision_models_remember(ids):
+    model = llama()
+    attach(model, k=64)
+    expected = in_windows(model, ids, 20)
+    detach(model)
+    model.to(torch.bfloat16)
+    attach(model, k=64)
+    half = in_windows(model, ids, 20)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_draws_name_the_memory_that_a_token_used(ids):
+    model = llama(num_hidden_layers=1)
+    memory = attach(model, k=4, sinks=0)
+    memory.read_document(ids[:1, :20], progress=False)
+    with memory.tracing(keep=4) as trace:
+        logits(model, ids[:1, 20:])
+    draws = trace.draws(0)
+    assert [d.weight for d in draws] == sorted((d.weight for d in draws), reverse=True)
+    assert all(0 <= d.position < 20 and 0 < d.weight <= 1 and d.layer == 0 and 0 <= d.head < 4 for d in draws)
+    with pytest.raises(perdure.ArgumentError, match="token: expected a number below 20"):
+        trace.draws(20)
+    assert memory.trace is None
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "layers": ([3], ["all", 0], [], "some", [0.5]),
+    "k": (0, -1, 2.5),
+    "capacity": (0, None),
+    "mixing": ("sum",),
+    "positions": ("rope",),
+    "window": (0,),
+    "sinks": (-1,),
+    "index": ("fast",),
+}
+
+
+@pytest.mark.parametrize(("argument", "value"), [(a, v) for a, values in WRONG.items() for v in values])
+def test_wrong_arguments_are_named_and_leave_the_model_alone(argument, value):
+    model = llama()
+    with pytest.raises(perdure.ArgumentError, match=f"^{argument}: expected "):
+        attach(model, **{argument: value})
+    assert model.config._attn_implementation == "sdpa"
+    assert not hasattr(model, "perdure_memory")
+
+
+def test_models_that_memory_cannot_join_are_refused():
+    encoder = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
+    )
+    with pytest.raises(perdure.ArgumentError, match="a decoder with causal self-attention"):
+        attach(encoder)
+    with pytest.raises(perdure.ArgumentError, match="a PreTrainedModel"):
+        attach(torch.nn.Linear(2, 2))
+    model = llama()
+    with pytest.raises(perdure.ArgumentError, match="detach"):
+        attach(model) and attach(model)
+    detach(model)
+    with pytest.raises(perdure.ArgumentError, match="attach"):
+        detach(model)
+
+
+def test_wrong_segments_are_refused_and_change_nothing(ids):
+    model = llama()
+    memory = attach(model, window=WINDOW)
+    for document in ("text", [[1.5]], [], [[[1]]], None):
+        with pytest.raises(perdure.ArgumentError, match="text_or_ids"):
+            memory.read_document(document, progress=False)
+    memory.read_document(ids, progress=False)
+    with pytest.raises(perdure.ShapeError, match="input_ids: expected 2 rows"):
+        logits(model, ids[:1])
+    with pytest.raises(perdure.ShapeError, match="attention_mask"):
+        logits(model, ids, attention_mask=torch.ones(2, 1, 40, 40, dtype=torch.bool))
+    assert memory.tokens.tolist() == [40, 40]
+    assert memory.read_document(ids, progress=False) == 40
