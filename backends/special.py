@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from .arrays import framework
@@ -18,5 +19,8 @@ def erf(array: Any) -> Any:
     """
     home = framework(array)
     if home in _HOMES:
-        return importlib.import_module(_HOMES[home]).erf(array)
+        module = sys.modules.get(_HOMES[home]) or importlib.import_module(
+            _HOMES[home]
+        )  # torch.compile traces no import
+        return module.erf(array)
     return like(importlib.import_module("scipy.special").erf(to_numpy(array)[...]), array)

@@ -37,8 +37,10 @@ def _plain(tensors: Sequence[Any]) -> bool:
     """Whether all lie in main memory and none needs a gradient, outside of compilation."""
     import torch
 
+    if torch.compiler.is_compiling():
+        return False
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not tracked and not torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors)
+    return not tracked and all(t.device.type == "cpu" for t in tensors)
 
 
 def _through_numba(name: str, args: tuple[Any, ...]) -> Any:
@@ -96,6 +98,8 @@ def _fused(queries: Any, keys: Any, values: Any, scale: float, mask: Any) -> Any
         return NotImplemented
     lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
     queries, keys, values = (t.expand(*lead, *t.shape[-2:]).reshape(-1, 1, *t.shape[-2:]) for t in tensors)
+    # the operator reads a vector's components as neighbours in memory, and does not check that they are
+    queries, keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (queries, keys, values))
     bias = None
     if mask is not None:
         pairs = (queries.shape[-2], keys.shape[-2])

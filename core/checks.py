@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,19 @@ def count(argument: str, value: Any, least: int = 1) -> int:
     if number is None or isinstance(value, bool) or number < least:
         raise ArgumentError(argument, f"a whole number of at least {least}", repr(value), f"Pass {argument}={least}.")
     return int(number)
+
+
+def positive(argument: str, value: Any) -> float:
+    """`value` as a finite float above 0.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    number = float(value) if not isinstance(value, bool) and isinstance(value, numbers.Real) else math.nan
+    if not 0 < number < math.inf:
+        raise ArgumentError(argument, "a finite number above 0", repr(value), f"Pass {argument}=1.0, for example.")
+    return number
 
 
 def choice(argument: str, value: Any, known: tuple[str, ...]) -> str:

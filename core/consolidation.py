@@ -47,11 +47,14 @@ class Scheme:
             old, new = after_contraction(contraction, self.samples, length)
             return fit_operator(self.basis, np.concatenate([old, new]), self.ridge)
         old, new, zeros = published.update_positions(contraction, self.samples, length)
-        return fit_operator(self.basis, np.concatenate([old, new]), self.ridge, zeros, original=True)
+        positions = published.half_open(np.concatenate([old, new]), self.basis)
+        return fit_operator(self.basis, positions, self.ridge, zeros, original=True)
 
     def old_positions(self) -> np.ndarray:
         """Where on the old signal the M samples stand when nothing says that one place matters more."""
-        return published.old_positions(self.samples) if self.original else centred(self.samples)
+        if not self.original:
+            return centred(self.samples)
+        return published.half_open(published.old_positions(self.samples), self.basis)
 
     def new_positions(self, contraction: float, length: int) -> np.ndarray:
         """Where the new samples of an update stand."""

@@ -32,7 +32,8 @@ DENSITIES = ("truncated_gaussian", "gaussian", "sparsemax", "biweight")
 NARROWEST, WIDEST = 1e-12, 1e12  # variances
 # p(m + a u) a = sum_k polynomial[k] u^k on [-1, 1]
 POLYNOMIALS = {"sparsemax": (3 / 4, 0, -3 / 4), "biweight": (15 / 16, 0, -15 / 8, 0, 15 / 16)}
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(20)  # exact to rounding while the support is narrower than a function
+# exact to rounding while the support is narrower than a function
+NODES, WEIGHTS = (a.tolist() for a in np.polynomial.legendre.leggauss(20))
 NARROW = 2.0  # half-width over sigma_j up to which they are used; beyond it the closed form cancels nothing
 
 
@@ -183,7 +184,7 @@ def _expected_compact(mean: Any, variance: Any, centers: Any, widths: Any, densi
     near = xp.where(narrow, a / widths, xp.zeros_like(middle))
     offset = (mean - centers) / widths
     narrow_seen = 0.0
-    for u, w in zip(NODES.tolist(), WEIGHTS.tolist(), strict=True):
+    for u, w in zip(NODES, WEIGHTS, strict=True):
         height = w * sum(c * u**k for k, c in enumerate(polynomial))
         z = offset + near * u
         narrow_seen = narrow_seen + height * xp.exp(-0.5 * z * z)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from .basis import Basis
+
 BINS = 128
-FLOOR = 1e-4  # of the variance, in language modelling
 
 
 def first_positions(length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,3 +56,10 @@ def edges() -> np.ndarray:
     made = np.arange(BINS + 1) / BINS
     made[0], made[-1] = -1e-6, 1 + 1e-6
     return made
+
+
+def half_open(positions: np.ndarray, basis: Basis) -> np.ndarray:
+    """`positions`, but for a 1 on a rectangular basis: there the last bin leaves its right edge to no bin at all."""
+    if basis.kind != "rectangular":
+        return positions
+    return np.where(positions >= 1, np.nextafter(1, 2), positions)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.arrays import namespace
 from ..backends.errors import ArgumentError
 
 
@@ -50,20 +51,28 @@ def resample(histogram: np.ndarray, samples: int, rng: np.random.Generator | Non
     """
     if not (np.isfinite(histogram).all() and (histogram >= 0).all()):
         raise ArgumentError("where", "finite mass of at least 0", "other", "Pass a histogram of attention.")
-    lead, bins = histogram.shape[:-1], histogram.shape[-1]
-    peaks = histogram.max(axis=-1, keepdims=True)
-    mass = histogram / np.where(peaks > 0, peaks, 1)  # no sum of it overflows
-    mass = np.where(peaks > 0, mass, 1.0).reshape(-1, bins)
-    shift = np.full(lead, 0.5) if rng is None else rng.random(lead)
-    drawn = np.empty((mass.shape[0], samples))
-    edges = np.arange(bins + 1) / bins
-    for row, (p, u) in enumerate(zip(mass, shift.reshape(-1), strict=True)):
-        cumulative = np.concatenate([[0.0], np.cumsum(p)])
-        wanted = (np.arange(samples) + u) / samples * cumulative[-1]
-        bin_ = np.clip(np.searchsorted(cumulative, wanted, side="right") - 1, 0, bins - 1)
-        inside = (wanted - cumulative[bin_]) / np.where(p[bin_] > 0, p[bin_], 1)
-        drawn[row] = edges[bin_] + np.clip(inside, 0, 1) / bins
-    return np.clip(drawn, 0, 1).reshape(*lead, samples)
+    shift = 0.5 if rng is None else rng.random(histogram.shape[:-1])[..., None]
+    return systematic(histogram, samples, shift)
+
+
+def systematic(histogram: Any, samples: int, shift: Any = 0.5) -> Any:
+    """The formula of `resample` for arrays of any framework: (..., D) -> (..., samples), ascending.
+
+    shift (..., 1) in [0, 1), or one number for all. Memory O(samples x D) a row.
+    """
+    xp = namespace(histogram)
+    bins = histogram.shape[-1]
+    peaks = xp.max(histogram, axis=-1, keepdims=True)
+    one = xp.ones_like(histogram)
+    mass = xp.where(peaks > 0, histogram / xp.where(peaks > 0, peaks, one[..., :1]), one)  # no sum of it overflows
+    ends = xp.cumulative_sum(mass, axis=-1)
+    steps = xp.arange(samples, dtype=histogram.dtype, device=histogram.device)
+    wanted = (steps + shift) / samples * ends[..., -1:]
+    bin_ = xp.sum(xp.astype(wanted[..., None] >= ends[..., None, :-1], xp.int64), axis=-1)  # (..., samples)
+    width = xp.take_along_axis(mass, bin_, axis=-1)
+    begin = xp.take_along_axis(ends, bin_, axis=-1) - width
+    inside = (wanted - begin) / xp.where(width > 0, width, xp.ones_like(width))
+    return (xp.astype(bin_, histogram.dtype) + xp.clip(inside, 0, 1)) / bins
 
 
 def fraction(argument: str, value: Any) -> float:

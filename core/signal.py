@@ -16,6 +16,7 @@ from .consolidation import Scheme, apply, updated
 from .positions import centred, fraction, resample
 from .report import SignalReport, signal_report
 from .ridge import fit_operator
+from .validation import validated_ridge
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,7 +171,7 @@ class Signal:
         return signal_report(scheme, length, fraction("contraction", contraction), features)
 
 
-def fit(x: Any, basis: Basis, ridge: float = 1e-3, positions: Any = None) -> Signal:
+def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) -> Signal:
     """The signal on `basis` nearest to samples, by ridge regression.
 
     Parameters
@@ -178,8 +179,9 @@ def fit(x: Any, basis: Basis, ridge: float = 1e-3, positions: Any = None) -> Sig
     x : array (..., L, e)
         L samples of e numbers.
     basis : Basis
-    ridge : float
+    ridge : float or "gcv"
         Penalty on the coefficients, relative to the mean square of a basis function over the samples; at least 0.
+        "gcv": that which generalised cross-validation finds best for all components of `x` together.
     positions : array (L,), optional
         Where in [0, 1] the samples stand, the same for all leading axes; the midpoints of L equal parts by default.
 
@@ -218,7 +220,7 @@ def fit(x: Any, basis: Basis, ridge: float = 1e-3, positions: Any = None) -> Sig
         raise ShapeError("x", "at least one sample, (..., L, e)", str(tuple(x.shape)), "Pass samples to fit.")
     if not isinstance(basis, Basis):
         raise ArgumentError("basis", "a Basis", type(basis).__name__, "Pass perdure.gaussian_basis(n).")
-    ridge = penalty(ridge)
+    fixed = None if ridge == "gcv" else penalty(ridge)
     checks.measurable(x=x)
     where = centred(length)
     if positions is not None:
@@ -227,9 +229,10 @@ def fit(x: Any, basis: Basis, ridge: float = 1e-3, positions: Any = None) -> Sig
             raise ShapeError("positions", f"({length},)", str(tuple(positions.shape)), "Pass one position a sample.")
         where = to_numpy(positions).astype(np.float64)
     wide = cast(x, computing_dtype(x))
-    operator = fit_operator(basis, where, ridge)
+    used = validated_ridge(x, basis, where) if fixed is None else fixed
+    operator = fit_operator(basis, where, used)
     coefficients = apply(operator.key, operator.matrix, wide)
-    return Signal(coefficients, basis, ridge, x.dtype, length)
+    return Signal(coefficients, basis, used, x.dtype, length)
 
 
 def penalty(ridge: Any) -> float:

@@ -12,7 +12,7 @@ from ..backends.errors import ArgumentError
 from ..backends.exchange import like, to_numpy
 from ..core import checks, original
 from ..core.attention import Reading
-from ..core.basis import Basis, gaussian_basis
+from ..core.basis import Basis, gaussian_basis, positions_in
 from ..core.consolidation import Scheme, fitted, updated, updated_in_bins
 from ..core.density import DENSITIES, expected_value
 from ..core.positions import fraction, resample
@@ -23,6 +23,7 @@ from .lock import ReadWriteLock
 from .rows import detached, listed, taken, token_array
 from .state import pack, required, unpack
 from .sticky import bins_drawn, drawn_bins, generator, histogram_of
+from .timeline import KNOTS, Timeline
 
 DTYPES = ("float32", "float64")
 COMPATIBLE = ("infinite-former",)
@@ -119,6 +120,7 @@ class ContinuousMemory(Savable):
         self._rng = generator(seed)
         self._lock = ReadWriteLock()
         self._written = np.zeros(self.rows, np.int64)
+        self._timeline = Timeline(self.rows)
         self._last_segment = self.segment or SEGMENT
         self._coefficients: Any = np.zeros((self.rows, len(self.basis), self.dim), self.dtype)
 
@@ -237,6 +239,7 @@ class ContinuousMemory(Savable):
             draws = bins_drawn("draws", draws, (len(chosen), self.scheme.samples), self.bins)
         old, x = self._beside(x), cast(x, self._dtype_beside(x))
         changed: dict[int, Any] = {}
+        moves: list[tuple[int, np.ndarray | None, int]] = []
         lengths = present.sum(axis=1)
         kinds = list(zip((self._written[chosen] == 0).tolist(), lengths.tolist(), strict=True))
         for fresh, length in sorted(set(kinds)):
@@ -246,9 +249,11 @@ class ContinuousMemory(Savable):
             new, of = taken(x, group, present), [chosen[i] for i in group]
             if fresh:
                 made = fitted(self.scheme, new)
+                moves += [(row, None, length) for row in of]
             else:
                 of_group = (None if a is None else a[group] for a in (histogram, draws))
-                made = self._contracted(taken(old, of), new, *of_group)
+                made, where = self._contracted(taken(old, of), new, *of_group)
+                moves += [(row, at, length) for row, at in zip(of, where, strict=True)]
             if of == list(range(self.rows)):
                 whole = made
                 break
@@ -259,19 +264,30 @@ class ContinuousMemory(Savable):
                 whole = xp.stack([changed.get(r, old[r, ...]) for r in range(self.rows)])
         with self._lock.writing:
             self._coefficients = whole
+            for row, at, length in moves:
+                if at is None:
+                    self._timeline.start(row, length)
+                else:
+                    self._timeline.contract(row, self._contraction(length), at, length)
             self._written[chosen] += lengths
             self._last_segment = int(lengths.max(initial=0)) or self._last_segment
 
-    def _contracted(self, B: Any, x: Any, histogram: np.ndarray | None, draws: np.ndarray | None) -> Any:
-        """Coefficients (group, N, dim) after a write of x (group, n, dim) to rows that hold B."""
+    def _contracted(
+        self, B: Any, x: Any, histogram: np.ndarray | None, draws: np.ndarray | None
+    ) -> tuple[Any, np.ndarray]:
+        """Coefficients (group, N, dim) after a write of x (group, n, dim) to B, and which positions of B were kept."""
         contraction = self._contraction(x.shape[1])
         if self.compat and draws is None and histogram is not None:
             draws = drawn_bins(histogram, self.scheme.samples, self._rng)
         if draws is not None:
             counts = original.counts_of_draws(draws)
-            return updated_in_bins(self.scheme, B, x, contraction, original.left_edges(), counts)
-        where = None if histogram is None else resample(histogram, self.scheme.samples, self._rng)
-        return updated(self.scheme, B, x, contraction, where)
+            made = updated_in_bins(self.scheme, B, x, contraction, original.left_edges(), counts)
+            return made, np.sort(draws, axis=1) / self.bins
+        if histogram is None:
+            evenly = np.broadcast_to(self.scheme.old_positions(), (x.shape[0], self.scheme.samples))
+            return updated(self.scheme, B, x, contraction), evenly
+        where = resample(histogram, self.scheme.samples, self._rng)
+        return updated(self.scheme, B, x, contraction, where), where
 
     def _contraction(self, length: int) -> float:
         return self.contraction ** (1 if self.segment is None else length / self.segment)
@@ -315,6 +331,27 @@ class ContinuousMemory(Savable):
         lse = xp.broadcast_to(xp.reshape(empty, (-1,) + (1,) * (len(shape) - 1)), shape)
         return Reading(xp.reshape(output, (*shape, self.dim)), lse)
 
+    def shown(self, t: Any, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Which token of its history a row shows at each place, by how many came before it.
+
+        Parameters
+        ----------
+        t : array (T,), or plain numbers
+            Places in [0, 1].
+        rows : sequence of int, optional
+            Which rows; all by default.
+
+        Returns
+        -------
+        float64 array (rows, T)
+            Ascending along t where t ascends; where it climbs steeply, many tokens share little room.
+
+        Raises
+        ------
+        ArgumentError, NonFiniteError, DTypeError
+        """
+        return self._timeline.at(to_numpy(positions_in("t", t, np.zeros(1))), listed(rows, self.rows))
+
     def report(self, segment: int | None = None, features: int | None = None) -> SignalReport:
         """What this memory can hold, segments of `segment` tokens with `features` each; see Signal.report.
 
@@ -341,6 +378,7 @@ class ContinuousMemory(Savable):
         with self._lock.writing:
             self._coefficients = xp.where(like(kept, B), B, xp.zeros_like(B))
             self._written[chosen] = 0
+            self._timeline.tokens[chosen] = 0
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Coefficients, counts and basis as a flat dict of arrays; "config" holds the rest as JSON bytes."""
@@ -350,7 +388,7 @@ class ContinuousMemory(Savable):
         with self._lock.reading:
             config |= {"generator": self._rng.bit_generator.state, "last_segment": self._last_segment}
             B = np.array(to_numpy(detached(self._coefficients)))
-            arrays = {"coefficients": B, "written": self.tokens}
+            arrays = {"coefficients": B, "written": self.tokens, "shown": self._timeline.tokens.copy()}
         arrays |= {"centers": self.basis.centers.copy(), "widths": self.basis.widths.copy()}
         return pack("ContinuousMemory", config, arrays)
 
@@ -382,6 +420,7 @@ class ContinuousMemory(Savable):
             arrays, "coefficients", (memory.rows, len(basis), memory.dim), np.dtype(memory.dtype)
         )
         memory._written = required(arrays, "written", (memory.rows,), np.int64)
+        memory._timeline.tokens = required(arrays, "shown", (memory.rows, KNOTS), np.float64)
         if (memory._written < 0).any():
             raise ArgumentError("state['written']", "counts", str(memory._written), "Pass an unaltered state_dict.")
         return memory

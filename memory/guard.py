@@ -12,7 +12,7 @@ from ..backends.errors import QuotaError
 from .kinds import revive
 from .protocol import Memory
 
-KEYS = {"knn": "keys"}  # which argument of `write` is clipped
+KEYS = {"knn": "keys", "hybrid": "keys"}  # which argument of `write` is clipped
 SETTLING = 256  # tokens of a row whose median is its first measure of a key's length
 INERTIA = 65_536  # tokens after which the measure moves no slower
 MOST_SOURCES = 65_536

@@ -16,7 +16,9 @@ KINDS = {
     "continuous": ("continuous", "ContinuousMemory"),
     "recurrent": ("recurrent", "RecurrentMemory"),
     "compressive": ("compressive", "CompressiveMemory"),
+    "hybrid": ("hybrid", "HybridMemory"),
 }
+REPEATED = ("knn", "continuous", "recurrent")  # their state follows from calls of write and clear alone
 
 
 def class_of(kind: str) -> type[Memory]:

@@ -21,8 +21,8 @@ from .lock import ReadWriteLock
 from .row import Row
 from .rows import listed, token_array
 from .state import pack, required, unpack
+from .storage import DTYPES, RAW, computing, decode, encode
 
-DTYPES = ("float32", "float16", "float64")
 INDEXES = ("exact",)
 
 
@@ -41,10 +41,14 @@ class KNNMemory(Savable):
         Width of a value; `dim` by default.
     space : {"ip", "cosine", "l2"}
         What "nearest" means; see `top_k`. Attention scores are scale·q·k in every space.
-    dtype : {"float32", "float16", "float64"}
-        What keys and values are stored as. Computed with, queries included, is the same, at least float32.
+    dtype : {"float32", "float16", "bfloat16", "int8", "float64"}
+        What keys and values are stored as; int8 has a scale a vector. Computed with, queries included, is float32, or
+        float64 where that is stored. No originals are kept beside: search is exact for the keys as stored.
     index : {"exact"}
         How the nearest are found.
+    max_norm : float, optional
+        Longer keys are shortened to this norm when written. Under "ip" one key of a large norm can draw most of the
+        attention of every query; this bounds what it can draw.
 
     Raises
     ------
@@ -84,24 +88,25 @@ class KNNMemory(Savable):
         space: str = "ip",
         dtype: str = "float32",
         index: str = "exact",
+        max_norm: float | None = None,
     ):
         self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
         self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
         self.value_dim = self.dim if value_dim is None else checks.count("value_dim", value_dim)
         self.space, self.dtype = checks.choice("space", space, SPACES), checks.choice("dtype", dtype, DTYPES)
         self.index = checks.choice("index", index, INDEXES)
+        self.max_norm = None if max_norm is None else checks.positive("max_norm", max_norm)
         self._rows = [self._empty() for _ in range(self.rows)]
         self._lock = ReadWriteLock()
 
     def _empty(self) -> Row:
-        dtype = np.dtype(self.dtype)
-        index = ExactIndex(self.heads, self.dim, self.space, dtype)
-        return Row(self.heads, self.dim, self.value_dim, self.capacity, dtype, index)
+        index = ExactIndex(self.heads, self.dim, self.space, np.dtype(RAW[self.dtype]))
+        return Row(self.heads, self.dim, self.value_dim, self.capacity, self.dtype, index)
 
     @property
     def computing(self) -> np.dtype:
         """What scores and readings are computed in: the stored dtype, at least float32."""
-        return np.promote_types(self.dtype, np.float32)
+        return computing(self.dtype)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -149,9 +154,7 @@ class KNNMemory(Savable):
         checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
         checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
         tokens = (len(chosen), keys.shape[2])
-        keys, values = (stored_as(a, self.dtype) for a in (to_numpy(keys), to_numpy(values)))
-        checks.measurable(keys=keys)
-        checks.finite(values=values)
+        parts = self._encoded(to_numpy(keys), to_numpy(values))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
         if tags is not None:
             tags = np.full(tokens, tags) if isinstance(tags, int) else tags
@@ -161,7 +164,21 @@ class KNNMemory(Savable):
                 self._rows[row].reserve(int(present[i].sum()), tags is not None)
             for i, row in enumerate(chosen):
                 kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
-                self._rows[row].write(keys[i][:, kept], values[i][:, kept], None if tags is None else tags[i][kept])
+                own = {name: part[i][:, kept] for name, part in parts.items()}
+                self._rows[row].write(own, None if tags is None else tags[i][kept])
+
+    def _encoded(self, keys: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Keys and values as they are stored, checked before, and where the dtype may overflow, after."""
+        keys, values = (cast_silently(a, self.computing) for a in (keys, values))
+        checks.measurable(keys=keys)
+        checks.finite(values=values)
+        if self.max_norm is not None:
+            norms = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
+            keys = keys * (self.max_norm / np.maximum(norms, self.max_norm))
+        parts = {**encode("keys", keys, self.dtype), **encode("values", values, self.dtype)}
+        if self.dtype in ("float16", "bfloat16"):
+            checks.finite(keys=decode(parts["keys"], None), values=decode(parts["values"], None))
+        return parts
 
     def search(self, queries: Any, k: int, rows: Sequence[int] | None = None) -> Neighbours:
         """The k nearest stored tokens of every query, with their keys and values.
@@ -193,6 +210,42 @@ class KNNMemory(Savable):
                 taken = row.gather(positions)
                 found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
+
+    def at(self, positions: Any) -> Neighbours:
+        """The stored tokens at given positions of every row's history, whatever any query thinks of them.
+
+        Parameters
+        ----------
+        positions : int64 NumPy array (rows, n)
+            Of tokens held now; -1 is none, and gives zeros.
+
+        Returns
+        -------
+        Neighbours
+            NumPy arrays: keys (rows, heads, n, dim), values (rows, heads, n, value_dim), tags (rows, n) or None, and
+            `positions` as given; no scores.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            A position that is not held, among others.
+        """
+        positions = token_array("positions", positions, (self.rows, positions.shape[-1]), "integral")
+        with self._lock.reading:
+            oldest = (self.written - self.tokens)[:, None]
+            if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
+                expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
+                raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
+            taken = [
+                row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
+                for row, where in zip(self._rows, positions, strict=True)
+            ]
+            keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
+            tagged = any(entries["tags"] is not None for entries in taken)
+            tags = np.full(positions.shape, -1, np.int64)
+            for i, entries in enumerate(taken):
+                tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
+        return Neighbours(None, positions, keys, values, tags if tagged else None)
 
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
         """Attention of every query over its k nearest stored tokens.
@@ -263,8 +316,8 @@ class KNNMemory(Savable):
         with self._lock.reading:
             arrays = {"written": self.written}
             for i, row in enumerate(self._rows):
-                arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays().items()}
-        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype", "index")
+                arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
+        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype", "index", "max_norm")
         return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
 
     @classmethod
@@ -282,11 +335,11 @@ class KNNMemory(Savable):
         if (written < 0).any():
             raise ArgumentError("state['written']", "counts", str(written), "Pass an unaltered state_dict.")
         for i, row in enumerate(memory._rows):
+            row.reserve(0, f"rows.{i}.tags" in arrays)
             row.written = int(written[i])
-            row.tags = np.empty((1, 0), np.int64) if f"rows.{i}.tags" in arrays else None
-            for name, empty in row.arrays().items():
+            for name, empty in row.arrays.items():
                 shape = (empty.shape[0], row.stored, *empty.shape[2:])
-                setattr(row, name, required(arrays, f"rows.{i}.{name}", shape, empty.dtype))
+                row.arrays[name] = required(arrays, f"rows.{i}.{name}", shape, empty.dtype)
         return memory
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -308,7 +361,7 @@ class KNNMemory(Savable):
                 f"{queries.shape[1]} heads",
                 "Give every memory head the same number of query heads.",
             )
-        numbers = stored_as(to_numpy(queries), self.computing)
+        numbers = cast_silently(to_numpy(queries), self.computing)
         checks.measurable(queries=numbers)
         return chosen, numbers.reshape(len(chosen), self.heads, -1, self.dim)
 
@@ -321,7 +374,7 @@ class KNNMemory(Savable):
         return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
 
 
-def stored_as(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """`array` in the storage dtype; what does not fit becomes infinite, silently, for the finite check to find."""
+def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """`array` in `dtype`; what does not fit becomes infinite, silently, for the finite check to find."""
     with np.errstate(over="ignore"):
         return array.astype(dtype, copy=False)

@@ -7,12 +7,16 @@ back from inside it.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from ..backends.errors import ForkError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _forks = 0  # how many forks lie between the first process and this one
 _renewal = threading.Lock()
 
@@ -105,3 +109,25 @@ class _Writing:
     def __exit__(self, *exception: object) -> None:
         self._lock._torn = False
         self._lock._turn.release()
+
+
+def shared(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that many threads may be in at once; `self._lock` is the memory's lock."""
+
+    @functools.wraps(method)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+        with args[0]._lock.reading:  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return locked
+
+
+def exclusive(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that one thread is in at a time, and none in a shared one."""
+
+    @functools.wraps(method)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+        with args[0]._lock.writing:  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return locked

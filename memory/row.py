@@ -5,10 +5,13 @@ A row is an object of its own, so no index arithmetic can reach another row, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..core.attention import attention
 from .indexes.protocol import Index
+from .storage import computing, decode, empty
 
 SMALLEST = 64  # slots of the first allocation
 
@@ -19,12 +22,10 @@ class Row:
     The token at position p of the document's whole history stands in slot p % capacity.
     """
 
-    def __init__(self, heads: int, dim: int, value_dim: int, capacity: int, dtype: np.dtype, index: Index):
-        self.capacity, self.index = capacity, index
+    def __init__(self, heads: int, dim: int, value_dim: int, capacity: int, dtype: str, index: Index):
+        self.capacity, self.dtype, self.index = capacity, dtype, index
         self.written = 0  # tokens in the row's whole history
-        self.keys = np.empty((heads, 0, dim), dtype)
-        self.values = np.empty((heads, 0, value_dim), dtype)
-        self.tags: np.ndarray | None = None  # (1, n), from the first tagged write on
+        self.arrays = {**empty("keys", (heads, 0, dim), dtype), **empty("values", (heads, 0, value_dim), dtype)}
 
     @property
     def stored(self) -> int:
@@ -42,38 +43,46 @@ class Row:
         return self.oldest % self.capacity
 
     @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays().values()) + self.index.nbytes
+    def slots(self) -> int:
+        """Slots allocated."""
+        return self.arrays["keys"].shape[1]
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name, as they are allocated."""
-        arrays = {"keys": self.keys, "values": self.values}
-        return arrays if self.tags is None else {**arrays, "tags": self.tags}
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays.values()) + self.index.nbytes
+
+    def part(self, name: str, where: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """The keys or values at `where` (an index of (heads, slots)), as stored, and their scales if they have any."""
+        scales = self.arrays.get(f"{name}_scales")
+        return self.arrays[name][where], None if scales is None else scales[where]
+
+    def numbers(self, name: str, where: Any) -> np.ndarray:
+        """The keys or values at `where` as they are computed with."""
+        return decode(*self.part(name, where))
 
     def reserve(self, tokens: int, tagged: bool) -> None:
         """Allocate for `tokens` more; all that can fail in a write fails here, before anything has changed."""
-        allocated = self.keys.shape[1]
-        if tagged and self.tags is None:
-            self.tags = np.full((1, allocated), -1, np.int64)
+        if tagged and "tags" not in self.arrays:
+            self.arrays = {**self.arrays, "tags": np.full((1, self.slots), -1, np.int64)}
         needed = min(self.written + tokens, self.capacity)
-        if needed <= allocated:
+        if needed <= self.slots:
             return
-        slots = min(max(needed, 2 * allocated, SMALLEST), self.capacity)
-        grown = {name: np.empty((a.shape[0], slots, *a.shape[2:]), a.dtype) for name, a in self.arrays().items()}
-        for name, array in self.arrays().items():
+        slots = min(max(needed, 2 * self.slots, SMALLEST), self.capacity)
+        grown = {name: np.empty((a.shape[0], slots, *a.shape[2:]), a.dtype) for name, a in self.arrays.items()}
+        for name, array in self.arrays.items():
             grown[name][:, : self.stored] = array[:, : self.stored]
-        self.__dict__.update(grown)
+        self.arrays = grown
 
-    def write(self, keys: np.ndarray, values: np.ndarray, tags: np.ndarray | None) -> None:
-        """Append keys (heads, n, dim), values (heads, n, value_dim), tags (n,), of which the newest `capacity` stay."""
-        n = keys.shape[1]
+    def write(self, parts: dict[str, np.ndarray], tags: np.ndarray | None) -> None:
+        """Append `parts` (heads, n, ...), encoded, and tags (n,), of which the newest `capacity` stay."""
+        n = parts["keys"].shape[1]
         self.reserve(n, tags is not None)
         kept = min(n, self.capacity)
         slots = np.arange(self.written + n - kept, self.written + n) % self.capacity
-        self.keys[:, slots] = keys[:, n - kept :]
-        self.values[:, slots] = values[:, n - kept :]
-        if self.tags is not None:
-            self.tags[:, slots] = -1 if tags is None else tags[n - kept :]
+        for name, part in parts.items():
+            self.arrays[name][:, slots] = part[:, n - kept :]
+        if "tags" in self.arrays:
+            self.arrays["tags"][:, slots] = -1 if tags is None else tags[n - kept :]
         self.written += n
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,31 +91,35 @@ class Row:
 
     def attend(self, queries: np.ndarray, positions: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""
-        ages = np.where(positions >= 0, positions - self.oldest, -1)
         if self.stored == 0:
-            shape = positions.shape[:2]
-            return np.zeros((*shape, self.values.shape[2]), queries.dtype), np.full(shape, -np.inf, queries.dtype)
-        stored = slice(0, self.stored)
-        return attention(queries, self.keys[:, stored], self.values[:, stored], ages, scale, None, self.start)
+            shape, width = positions.shape[:2], self.arrays["values"].shape[2]
+            return np.zeros((*shape, width), queries.dtype), np.full(shape, -np.inf, queries.dtype)
+        if self.dtype in ("float32", "float64"):
+            ages = np.where(positions >= 0, positions - self.oldest, -1)
+            keys, values = (self.arrays[name][:, : self.stored] for name in ("keys", "values"))
+            return attention(queries, keys, values, ages, scale, None, self.start)
+        taken, found = self.gather(positions), (positions >= 0)[..., None, :]  # only what was found is decoded
+        output, lse = attention(queries[..., None, :], taken["keys"], taken["values"], None, scale, found, 0)
+        return output[..., 0, :], lse[..., 0]
 
     def tags_at(self, positions: np.ndarray) -> np.ndarray | None:
         """Tags at `positions` (heads, q, k), -1 where the position is -1; None where no tags are kept."""
-        if self.tags is None or self.stored == 0:
-            return None if self.tags is None else np.full(positions.shape, -1, np.int64)
-        return np.where(positions >= 0, self.tags[0, self.slots(positions)], -1)
+        if "tags" not in self.arrays or self.stored == 0:
+            return np.full(positions.shape, -1, np.int64) if "tags" in self.arrays else None
+        return np.where(positions >= 0, self.arrays["tags"][0, self.slots_of(positions)], -1)
 
-    def slots(self, positions: np.ndarray) -> np.ndarray:
+    def slots_of(self, positions: np.ndarray) -> np.ndarray:
         """Where the tokens at `positions` stand; slot 0 for the position -1 of no token."""
         return np.where(positions >= 0, positions % self.capacity, 0)
 
-    def gather(self, positions: np.ndarray) -> dict[str, np.ndarray | None]:
+    def gather(self, positions: np.ndarray) -> dict[str, Any]:
         """Keys, values and tags at `positions` (heads, q, k); zeros, and tag -1, where the position is -1."""
         heads = np.arange(positions.shape[0])[:, None, None]
-        slots, found = self.slots(positions), (positions >= 0)[..., None]
+        slots, found = self.slots_of(positions), (positions >= 0)[..., None]
         taken = {"tags": self.tags_at(positions)}
-        for name, array in (("keys", self.keys), ("values", self.values)):
-            entries = np.zeros((*positions.shape, array.shape[2]), array.dtype)
+        for name in ("keys", "values"):
             if self.stored:
-                np.multiply(array[heads, slots], found, out=entries)
-            taken[name] = entries
+                taken[name] = np.where(found, self.numbers(name, (heads, slots)), computing(self.dtype).type(0))
+            else:
+                taken[name] = np.zeros((*positions.shape, self.arrays[name].shape[2]), computing(self.dtype))
         return taken

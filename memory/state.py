@@ -59,6 +59,8 @@ def required(arrays: dict[str, np.ndarray], name: str, shape: tuple[int | None, 
     ArgumentError
     """
     array = arrays.get(name)
+    if array is not None and array.dtype == np.float32 and dtype == np.float16:  # half precision travels widened
+        array = array.astype(np.float16)
     fits = (
         array is not None
         and array.dtype == dtype

@@ -14,7 +14,7 @@ from ..core import checks
 from .disk import as_path
 from .entry import Entry, clipping, comparable, encoded
 from .guard import Guard
-from .kinds import class_of, config_of
+from .kinds import REPEATED, class_of, config_of
 from .quota import Quota
 from .record import encode
 from .session import Session
@@ -126,12 +126,12 @@ class Store:
         ----------
         name : str
             Any text of at most 1,024 bytes. It is data: never part of a path or a query.
-        kind : {"knn", "continuous", "recurrent", "compressive"}, optional
+        kind : {"knn", "continuous", "recurrent", "compressive", "hybrid"}, optional
         quota : int, optional
             The most bytes it may take on the disk. This and what follows counts when the memory is made.
         clip : float, optional
             Shorten keys longer than `clip` times what is ordinary in their row and head, so that a few very long ones
-            cannot draw all attention; None leaves keys as they are. For kind "knn".
+            cannot draw all attention; None leaves keys as they are. For kinds with keys.
         source_quota : int, optional
             The most tokens one `source` may write before the memory is cleared.
         **config
@@ -344,6 +344,12 @@ class Store:
         entry.alive()
         return self._shelf.guard(entry)
 
+    def _note(self, entry: Entry) -> None:
+        """For a stored memory: a method is about to be called that may change what write and clear do not."""
+        if not self.readonly:
+            with entry.lock:
+                entry.whole = entry.touched = True
+
     def _load(self, entry: Entry) -> Guard:
         """For the shelf: a memory that is not in main memory."""
         with self._session.using():
@@ -376,9 +382,12 @@ class Store:
             record, arguments = encode("write", {"call": call, "source": source})
             self._quota.admit(entry, record.nbytes)
             guard.write(arguments["call"], source)
-            entry.waiting.append(record)
             entry.touched = True
-            self._quota.wait(entry, record.nbytes)
+            if entry.about["kind"] in REPEATED:
+                entry.waiting.append(record)
+                self._quota.wait(entry, record.nbytes)
+            else:
+                entry.whole = True
 
     def _clear(self, entry: Entry, rows: Any) -> None:
         """For a stored memory: clear now, and see to it that what was cleared leaves the disk."""
@@ -386,7 +395,9 @@ class Store:
             record, _ = encode("clear", {"rows": None if rows is None else list(rows)})
             guard.clear(rows if rows is None else list(rows))
             entry.touched = True
-            if rows is None:  # a state that holds nothing is smaller than the calls
+            if (
+                rows is None or entry.about["kind"] not in REPEATED
+            ):  # a state that holds nothing is smaller than the calls
                 self._quota.wait(entry, -entry.waiting_bytes)
                 entry.waiting, entry.whole = [], True
             else:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..backends.errors import ArgumentError
 from .file import Savable
+from .kinds import REPEATED
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -34,7 +35,7 @@ class StoredMemory(Savable):
 
     @property
     def kind(self) -> str:
-        """What it is: "knn", "continuous", "recurrent" or "compressive"."""
+        """What it is: "knn", "continuous", "recurrent", "compressive" or "hybrid"."""
         return self._entry.about["kind"]
 
     @property
@@ -100,7 +101,10 @@ class StoredMemory(Savable):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "load_state_dict":
             raise AttributeError(name)
-        return getattr(self._store._guard(self._entry).memory, name)
+        memory = self._store._guard(self._entry).memory
+        if self.kind not in REPEATED and callable(getattr(memory, name)):
+            self._store._note(self._entry)
+        return getattr(memory, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name}: a stored memory changes by write and clear only")

@@ -240,10 +240,14 @@ def test_numpy_goes_into_torch_and_comes_back(index):
     with perdure.backend("torch"):
         near = perdure.top_k(queries, keys, k=3)
         reading = perdure.attend(queries, keys, keys, near.positions)
+        dense = perdure.attend(queries, keys, keys)
     with perdure.backend("numpy"):
         expected = perdure.top_k(QUERIES, KEYS, k=3)
-    for array in (near.scores, near.positions, reading.output, reading.lse):
+        expected_dense = perdure.attend(QUERIES, KEYS, KEYS)
+    for array in (near.scores, near.positions, reading.output, reading.lse, dense.output, dense.lse):
         assert type(array) is np.ndarray
+    np.testing.assert_allclose(dense.output, expected_dense.output, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dense.lse, expected_dense.lse, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(near.positions, expected.positions)
     np.testing.assert_allclose(near.scores, expected.scores, rtol=1e-12)
 

@@ -322,3 +322,18 @@ def test_a_rejected_call_changes_nothing(rng, error, call):
 def test_hopeless_settings_are_refused(settings):
     with pytest.raises(perdure.ArgumentError):
         perdure.ContinuousMemory(**{"rows": 1, "dim": 1, **settings})
+
+
+def test_the_timeline_says_which_token_a_place_shows(rng):
+    """Tokens that hold their own number: evaluated anywhere, the signal is the timeline, sticky or not."""
+    for sticky in (True, False):
+        mem = perdure.ContinuousMemory(1, 1, 128, sticky=sticky, dtype="float64", ridge=1e-4)
+        for i in range(4):
+            mem.write(np.arange(i * 64, (i + 1) * 64)[None, :, None] + 0.5, attention=rng.random((1, 6)) + 0.2)
+        t = np.linspace(0.05, 0.95, 50)
+        t = t[np.abs(t - 0.5) > 0.03]
+        assert np.allclose(mem.shown(t)[0], mem.signal(t)[0, :, 0], atol=6)
+        assert (np.diff(mem.shown(t)[0]) >= 0).all()
+        assert np.allclose(mem.shown([0, 1]), [[0, 256]])
+    mem.clear()
+    assert not mem.shown([0, 0.5, 1]).any()

@@ -139,7 +139,7 @@ def test_codes_bound_every_score(data):
     keys = data.draw(strategies.values((70, d), strategies.EXTREMES)).astype(np.float32)
     made = coded.Codes(1, d, "ip")
     made.grow(len(keys))
-    made.write(keys[None], 0)
+    made.write(keys[None], None, 0)
     asked, bounds = coded.encoded(queries)
     size, exact = asked[0].shape[2] // 4, chain(queries, keys, "ip")
     ends = code_tile.plain_code_tile(1, size)

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from perdure.bindings.torch import ContinuousAttention, MemorizingAttention, TransformerXLAttention
 from torch.utils.checkpoint import checkpoint
 from torch_layers import BUILD, DIM, HEADS, SEGMENT, build, run, tokens
 
@@ -150,7 +151,11 @@ def test_checkpointed_gradients_are_the_same_and_memory_steps_once(name):
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @every_layer
+@pytest.mark.filterwarnings(
+    "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"
+)  # array-api-compat's
 def test_compiles_into_one_graph(name):
     layer, x = build(name), tokens(2, 4 * SEGMENT)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -271,16 +276,8 @@ def test_wrong_arguments_are_named(name):
     torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
 
 
-def _memorizing():
-    from perdure.bindings.torch import MemorizingAttention
-
-    return MemorizingAttention(DIM, HEADS, capacity=20, k=3, segment=SEGMENT + 1)
-
-
-def _transformer_xl():
-    from perdure.bindings.torch import TransformerXLAttention
-
-    return TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=9)
-
-
-MISFIT = {"memorizing": _memorizing, "transformer-xl": _transformer_xl}
+MISFIT = {  # layers whose memory does not fit the ones under test
+    "memorizing": lambda: MemorizingAttention(DIM, HEADS, capacity=20, k=3, segment=SEGMENT + 1),
+    "transformer-xl": lambda: TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=9),
+    "continuous": lambda: ContinuousAttention(DIM, HEADS, segment=SEGMENT, basis=18, samples=12),
+}

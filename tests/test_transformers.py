@@ -228,7 +228,7 @@ def test_only_the_chosen_layers_remember(ids):
 # ---- positions ------------------------------------------------------------------------------------------------------
 
 ROTARIES = {
-    "llama": lambda: llama(),
+    "llama": lambda **changes: llama(**changes),
     "scaled": lambda: llama(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
     "partial": lambda: seeded(
         lambda: transformers.PhiForCausalLM(
@@ -278,18 +278,59 @@ def test_constant_distance_does_not_depend_on_where_memories_stand(ids):
     torch.testing.assert_close(logits(model, ids[:, 30:], position_ids=positions[:, :10] + 5), question, **EXACT)
 
 
+@pytest.mark.parametrize("window", [1, 7, 40])
+def test_clamped_positions_are_the_true_ones_up_to_their_distance(window, ids):
+    model = llama()
+    full = logits(model, ids)
+    memory = attach(model, k=64, positions="clamped", distance=50)
+    torch.testing.assert_close(in_windows(model, ids, window), full, **EXACT)
+    assert memory.layers[0].stores["far"].tokens.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("window", [1, 6, 33])
+@pytest.mark.parametrize("name", ROTARIES)
+def test_clamped_positions_see_what_is_older_at_their_distance(name, window, ids):
+    """One layer, so that keys are the same whoever computes them: its scores are known from the parts."""
+    model = ROTARIES[name](num_hidden_layers=1) if name == "llama" else ROTARIES[name]()
+    past, distance = 33, 5
+    answers = []
+    for capacity in (64, past - 4):
+        memory = attach(model, k=64, positions="clamped", distance=distance, sinks=4, capacity=capacity, layers=0)
+        in_windows(model, ids[:, :past], window)
+        stores = memory.layers[0].stores
+        assert {n: s.tokens.tolist() for n, s in stores.items()} == {"first": [4] * 2, "near": [5] * 2, "far": [24] * 2}
+        assert stores["near"].search(torch.zeros(2, stores["near"].heads, 1, 8), 5).tags.unique().tolist() == [
+            *range(28, 33)
+        ]
+        answers.append(logits(model, ids[:, past:]))
+        detach(model)
+    torch.testing.assert_close(*answers)
+    memory = attach(model, k=64, positions="constant", distance=distance, sinks=0, layers=0)
+    logits(model, ids[:, :past])
+    unturned = memory.layers[0].stores["far"].at(np.tile(np.arange(4, 28), (2, 1)))
+    assert not np.allclose(unturned.keys, 0)
+    detach(model)
+    memory = attach(model, k=64, positions="clamped", distance=distance, sinks=4, layers=0)
+    in_windows(model, ids[:, :past], window)
+    handed_on = memory.layers[0].stores["far"].at(np.tile(np.arange(24), (2, 1)))
+    np.testing.assert_allclose(handed_on.keys, unturned.keys, atol=1e-5)
+    np.testing.assert_allclose(handed_on.values, unturned.values, atol=1e-5)
+
+
 def test_learned_positions_end_where_the_model_ends(ids):
     model = gpt2(n_positions=64)
-    memory = attach(model)
+    memory = attach(model, positions="true")
     memory.read_document(ids, progress=False)
     with pytest.raises(perdure.ArgumentError, match="positions: expected a document within the 64 positions"):
         logits(model, ids)
     assert memory.tokens.tolist() == [40, 40]
     detach(model)
-    memory = attach(model, positions="constant", window=WINDOW)
-    for _ in range(3):
-        memory.read_document(ids, progress=False)
-    assert memory.tokens.tolist() == [120, 120]
+    for positions in ("constant", "clamped"):
+        memory = attach(model, positions=positions, window=WINDOW)
+        for _ in range(3):
+            memory.read_document(ids, progress=False)
+        assert memory.tokens.tolist() == [120, 120]
+        detach(model)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -368,7 +409,12 @@ def test_a_forward_pass_that_fails_changes_nothing(model, ids):
 
 
 def stored(memory):
-    return {f"{i}.{n}": a for i, layer in memory.layers.items() for n, a in layer.store.state_dict().items()}
+    return {
+        f"{i}.{name}.{n}": a
+        for i, layer in memory.layers.items()
+        for name, s in layer.stores.items()
+        for n, a in s.state_dict().items()
+    }
 
 
 def test_a_cache_is_read_beside_memory_and_not_written(model, ids):

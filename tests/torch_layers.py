@@ -1,7 +1,7 @@
 """The layers under test, small, in float64, and what the tests do with them."""
 
 import torch
-from perdure.bindings.torch import MemorizingAttention, TransformerXLAttention
+from perdure.bindings.torch import ContinuousAttention, MemorizingAttention, TransformerXLAttention
 
 DIM, HEADS, SEGMENT = 12, 2, 6
 
@@ -17,6 +17,13 @@ BUILD = {
         DIM, HEADS, capacity=20, k=3, segment=SEGMENT, nothing="zeros", bias=True, dtype="float64"
     ),
     "transformer-xl": lambda: TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=8),
+    "continuous": lambda: ContinuousAttention(DIM, HEADS, segment=SEGMENT, basis=16, samples=12),
+    "continuous, gated": lambda: ContinuousAttention(
+        DIM, HEADS, segment=SEGMENT, window=3, basis=16, samples=12, sticky=False, density="sparsemax", gated=True
+    ),
+    "continuous, moments": lambda: ContinuousAttention(
+        DIM, HEADS, segment=SEGMENT, basis=16, samples=12, affine=False, compat="infinite-former", ridge=0.5
+    ),
 }
 
 

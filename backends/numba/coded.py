@@ -33,10 +33,13 @@ class Codes:
     Where keys are too much alike for codes to tell them apart, panels are made as well, and asked for a while.
     """
 
+    as_stored = True
+
     def __init__(self, heads: int, d: int, space: str):
         self.d, self.space = d, space
         self.heads = [self._empty(0) for _ in range(heads)]
-        self.tired, self.panels = 0, None
+        self.tired = 0
+        self.panels: Panels | None = None
 
     def _empty(self, slots: int) -> tuple[np.ndarray, ...]:
         wide = lanes(np.float32)
@@ -62,10 +65,10 @@ class Codes:
         if self.panels is not None:
             self.panels.grow(slots)
 
-    def write(self, keys: np.ndarray, slot: int) -> None:
+    def write(self, keys: np.ndarray, scales: None, slot: int) -> None:
         """Put keys (heads, m, d) into the slots from `slot` on."""
         if self.panels is not None:
-            self.panels.write(keys, slot)
+            self.panels.write(keys, None, slot)
         if self.space == "cosine":
             keys = unit(keys)
         for head, some in zip(self.heads, keys, strict=True):
@@ -78,7 +81,7 @@ class Codes:
         elif self.panels is None:
             panels = Panels(len(self.heads), self.d, self.space, np.dtype(np.float32))
             panels.grow(keys.shape[1])
-            panels.write(keys, 0)
+            panels.write(keys, None, 0)
             self.panels = panels
 
     def search(self, keys: np.ndarray, queries: np.ndarray, k: int, start: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,40 +5,52 @@ from __future__ import annotations
 import numpy as np
 
 from . import machine
-from .panels import empty_panels, place
+from .panels import aligned, empty_panels, place
 from .search import NO_SCALES, Search, query_blocks
 from .threads import in_parallel
 from .unit import unit
 
+STORED = {np.float16: np.int16, np.uint16: np.uint16, np.int8: np.int8}  # panels of these are widened in the tile
+
 
 class Panels:
-    """Panels of keys (heads, slots, d), computed with in `dtype` at least float32; float16 stays float16 in memory."""
+    """Panels of keys (heads, slots, d) stored as `dtype`: floats, bfloat16 as the bits of uint16, or int8 with scales.
+
+    Narrow keys stay narrow in the panels, but for "cosine", where they are float32 at unit norm.
+    """
 
     def __init__(self, heads: int, d: int, space: str, dtype: np.dtype):
         self.d, self.space = d, space
-        self.computing = np.promote_types(dtype, np.float32)
-        halves = dtype == np.float16 and space != "cosine" and machine.converts_half()
-        self.stored = np.dtype(np.int16) if halves else self.computing
-        self.heads = [empty_panels(0, d, self.stored, self.computing) for _ in range(heads)]
+        self.computing = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+        self.as_stored = space != "cosine" and (dtype != np.float16 or machine.converts_half())
+        self.stored = np.dtype(STORED.get(dtype.type, dtype) if self.as_stored else self.computing)
+        self.heads = [self._empty(0) for _ in range(heads)]
+
+    def _empty(self, slots: int) -> tuple[np.ndarray, np.ndarray]:
+        panels = empty_panels(slots, self.d, self.stored, self.computing)
+        scaled = self.stored == np.int8
+        return panels, aligned((panels.shape[0], panels.shape[2]), np.float32) if scaled else NO_SCALES
 
     @property
     def nbytes(self) -> int:
-        return sum(panels.nbytes for panels in self.heads)
+        return sum(array.nbytes for head in self.heads for array in head)
 
     def grow(self, slots: int) -> None:
         """Make room for slots below `slots`."""
-        for h, panels in enumerate(self.heads):
-            if panels.shape[0] * panels.shape[2] < slots:
-                self.heads[h] = empty_panels(slots, self.d, self.stored, self.computing)
-                self.heads[h][: panels.shape[0]] = panels
+        for h, head in enumerate(self.heads):
+            if head[0].shape[0] * head[0].shape[2] < slots:
+                self.heads[h] = self._empty(slots)
+                for larger, array in zip(self.heads[h], head, strict=True):
+                    larger[: array.shape[0]] = array
 
-    def write(self, keys: np.ndarray, slot: int) -> None:
-        """Put keys (heads, m, d) into the slots from `slot` on."""
+    def write(self, keys: np.ndarray, scales: np.ndarray | None, slot: int) -> None:
+        """Put keys (heads, m, d), and their scales (heads, m) if they have any, into the slots from `slot` on."""
         if self.space == "cosine":
-            keys = unit(keys.astype(self.computing, copy=False))
-        keys = keys.view(np.int16) if self.stored == np.int16 else keys.astype(self.computing, copy=False)
-        for panels, head in zip(self.heads, keys, strict=True):
-            place(head, slot, panels)
+            keys = unit(keys)
+        for h, (panels, steps) in enumerate(self.heads):
+            place(keys[h].view(self.stored), slot, panels)
+            if scales is not None:
+                steps.reshape(-1)[slot : slot + keys.shape[1]] = scales[h]
 
     def settle_down(self, keys: np.ndarray) -> None:
         """There is nothing to decide."""
@@ -54,9 +66,9 @@ class Panels:
         def work(head: int, block: slice) -> None:
             asked = queries[head, block]
             search = Search(unit(asked) if self.space == "cosine" else asked, some, self.space)
-            search.sample(self.heads[head], NO_SCALES, stored)
-            search.visit(self.heads[head], NO_SCALES, 0, start, stored - start)
-            search.visit(self.heads[head], NO_SCALES, start, stored, -start)
+            search.sample(*self.heads[head], stored)
+            search.visit(*self.heads[head], 0, start, stored - start)
+            search.visit(*self.heads[head], start, stored, -start)
             scores[head, block, :some], ages[head, block, :some] = search.result()
 
         blocks = query_blocks(q, d, self.computing.itemsize, heads)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ...backends.errors import ArgumentError, FileError
 from ...core import checks
 
-TOKENS, MEMORY, LAYERS, FOLDER = 6144, "512,2048,8192", "all", "demo-output"
+TOKENS, MEMORY, LAYERS, FOLDER = 4096, "512,2048,4096", "all", "demo-output"
 WINDOW = 512
 DEFAULT_FILE = "argparse.py"
 BYTES_PER_TOKEN = 64  # far more than any text needs: how much of a large file is read

@@ -63,7 +63,7 @@ def read_every_way(model: Any, ids: torch.Tensor, settings: Settings) -> list[Re
     where the model's context allows it."""
     window, n, context = settings.window, ids.shape[1], model.config.max_position_embeddings
     chosen = settings.layers if settings.layers == "all" else list(settings.layers)
-    common: dict[str, Any] = {"layers": chosen, "k": settings.k, "positions": "true" if n <= context else "constant"}
+    common: dict[str, Any] = {"layers": chosen, "k": settings.k, "positions": "true" if n <= context else "clamped"}
     ways: list[tuple[Callable[..., Result], dict[str, Any]]] = [
         (without_memory, {}),
         (with_cache, {"keep": window}),

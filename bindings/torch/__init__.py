@@ -9,9 +9,19 @@ from ...backends.arrays import optional_import
 optional_import("torch", extra="torch")
 optional_import("array_api_compat.torch", extra="torch")  # now, because torch.compile traces no import later
 
+from .continuous import ContinuousAttention, ContinuousState  # noqa: E402
 from .memorizing import KNNState, MemorizingAttention  # noqa: E402
 from .state import State  # noqa: E402
 from .transformer import MemoryTransformer  # noqa: E402
 from .transformer_xl import RecurrentState, TransformerXLAttention  # noqa: E402
 
-__all__ = ["KNNState", "MemorizingAttention", "MemoryTransformer", "RecurrentState", "State", "TransformerXLAttention"]
+__all__ = [
+    "ContinuousAttention",
+    "ContinuousState",
+    "KNNState",
+    "MemorizingAttention",
+    "MemoryTransformer",
+    "RecurrentState",
+    "State",
+    "TransformerXLAttention",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ class SegmentedAttention(nn.Module):
             nothing = torch.zeros((x.shape[0], 1), dtype=torch.bool, device=x.device)
             output, memory = self.forward(x.new_zeros((x.shape[0], 1, self.dim)), memory, start, nothing)
             return output[:, :0], memory
-        outputs, n = [], x.shape[1]
+        outputs, losses, n = [], [], x.shape[1]
         even = not memory.ragged and mask is None and (start is None or memory.phase == 0)
         if even or memory.phase + n <= self.segment:
             cuts = list(range(self.segment - memory.phase, n, self.segment))
@@ -97,9 +96,13 @@ class SegmentedAttention(nn.Module):
             present = None if mask is None else mask[:, piece]
             output, memory = self._step(x[:, piece], memory, begin, present, turning or first > 0)
             outputs.append(output)
+            if (loss := getattr(memory, "loss", None)) is not None:
+                losses.append(loss * ((last - first) / n))
         if cuts and memory.ragged:
             phases = set((memory.position % self.segment).tolist())
-            memory = replace(memory, phase=max(phases), ragged=len(phases) > 1)
+            memory = memory.following(phase=max(phases), ragged=len(phases) > 1)
+        if losses:
+            memory = memory.following(loss=sum(losses))
         output = torch.cat(outputs, dim=1) if len(outputs) != 1 else outputs[0]
         return output, memory
 
@@ -110,7 +113,7 @@ class SegmentedAttention(nn.Module):
         position = memory.position if start is None else torch.where(start, 0, memory.position)
         if present is not None:
             x = torch.where(present[..., None], x, 0)
-        memory = replace(memory, position=position)
+        memory = memory.following(position=position)
         output, kept = self._attend(x, memory, start, present, turning)
         if present is not None:
             output = torch.where(present[..., None], output, 0)
@@ -119,7 +122,7 @@ class SegmentedAttention(nn.Module):
         phase = memory.phase + x.shape[1]
         if not ragged:
             phase %= self.segment
-        return output, replace(memory, position=position + new, phase=phase, ragged=ragged, **kept)
+        return output, memory.following(position=position + new, phase=phase, ragged=ragged, **kept)
 
     def _attend(
         self, x: torch.Tensor, memory: Any, start: Any, present: Any, turning: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
@@ -47,6 +47,11 @@ class State:
         names = (f.name for f in fields(self) if f.name not in self._made())
         return {name: value for name in names if isinstance(value := getattr(self, name), torch.Tensor)}
 
+    def following(self, **changed: Any) -> Self:
+        """This state with some fields changed, and without the loss of the call that returned it."""
+        names = (f.name for f in fields(self) if f.name not in changed and f.name != "loss")
+        return type(self)(**{name: getattr(self, name) for name in names}, **changed)
+
     def select(self, rows: Sequence[int]) -> Self:
         """A state of its own with these rows, in this order; a row may come more than once (beam search).
 
@@ -56,7 +61,8 @@ class State:
             A row out of range, or none at all.
         """
         index = self._index(rows)
-        return replace(self, **{name: tensor[index] for name, tensor in self.tensors().items()})
+        parts = {name: tensor[index] for name, tensor in self.tensors().items()}
+        return type(self)(phase=self.phase, ragged=self.ragged, **parts)
 
     def _index(self, rows: Sequence[int]) -> list[int]:
         index = [checks.count("rows", row, least=0) for row in rows]
@@ -103,7 +109,7 @@ class State:
 
     @classmethod
     def _made(cls) -> set[str]:
-        """Fields that from_state_dict makes anew."""
+        """Fields that are no tensors to keep: what a state selected, copied or loaded makes anew."""
         return set()
 
     def fits(self, x: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -71,9 +71,7 @@ class MemoryTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(layer, checks.count("hidden", hidden) * dim, dropout) for layer in layers)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
         self.checkpointing = checkpointing
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)  # so that the tied head's scores start near 1
 
     def memory(self, rows: int) -> tuple[State, ...]:
         """A fresh memory for `rows` documents: one state a layer."""

@@ -19,7 +19,7 @@ from .seam import BASES, GATE, hook, implementation
 
 ATTACHED = "perdure_memory"  # the attribute of an attached model that holds its memory
 SINKS = 4
-MIXINGS, POSITIONS = ("joint", "gate"), ("true", "constant")
+MIXINGS, POSITIONS = ("joint", "gate"), ("true", "clamped", "constant")
 
 
 def attach(
@@ -30,7 +30,7 @@ def attach(
     k: int = 32,
     capacity: int = 65_536,
     mixing: str = "joint",
-    positions: str = "true",
+    positions: str = "clamped",
     distance: int | None = None,
     window: int = 512,
     sinks: int = SINKS,
@@ -53,11 +53,12 @@ def attach(
     mixing : {"joint", "gate"}
         "joint": one softmax over the text at hand and the memories. "gate": a softmax each, mixed by a learned number
         a head (parameter `perdure_gate` of each attached attention layer, 0 at first: half and half).
-    positions : {"true", "constant"}
+    positions : {"true", "clamped", "constant"}
         The distance at which memories are seen. "true": the distance they have, so documents should stay within the
-        context the model was trained on. "constant": all at `distance`, so documents may be of any length.
+        context the model was trained on. "clamped": the distance they have for the newest `distance` memories, and
+        `distance` for all older ones, of which k more are retrieved. "constant": `distance` for all.
     distance : int, optional
-        For "constant"; `window` by default.
+        By default half of the model's context for "clamped", `window` for "constant".
     window : int
         Tokens that `read_document` gives the model at once.
     sinks : int
@@ -91,22 +92,28 @@ def attach(
         raise ArgumentError("model", f"attention implementation {' or '.join(BASES)}", repr(base), remedy)
     attentions = find_attentions(model)
     chosen = choose(layers, sorted(attentions))
-    settings = {"capacity": checks.count("capacity", capacity), "index": checks.choice("index", index, INDEXES)}
+    checks.count("capacity", capacity)
+    checks.choice("index", index, INDEXES)
     checks.count("k", k)
     checks.count("window", window)
     checks.count("sinks", sinks, least=0)
     checks.choice("mixing", mixing, MIXINGS)
     checks.choice("positions", positions, POSITIONS)
-    reach = None if positions == "true" else window if distance is None else checks.count("distance", distance)
+    context = model.config.max_position_embeddings
+    if distance is None:
+        distance = max(context // 2, 1) if positions == "clamped" else window
+    checks.count("distance", distance)
     rotaries = {i: find_rotary(model, attentions[i]) for i in chosen}
-    learned = None if any(rotaries.values()) else model.config.max_position_embeddings
+    learned = not any(rotaries.values())
+    near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
+    stores = {"near": near, "far": capacity - near, "distance": distance, "sinks": sinks, "k": k}
     memory = ModelMemory(
         model,
         tokenizer,
-        {i: LayerMemory(i, rotaries[i], reach, k, sinks, settings) for i in chosen},
+        {i: LayerMemory(i, rotaries[i], **stores, settings={"index": index}) for i in chosen},
         window=window,
-        shifting=positions == "true",
-        limit=learned,
+        positions=positions,
+        limit=context if learned else None,
     )
     if mixing == "gate":
         for i in chosen:

@@ -38,14 +38,15 @@ class ModelMemory:
         layers: dict[int, LayerMemory],
         *,
         window: int,
-        shifting: bool,
+        positions: str,
         limit: int | None,
     ):
         self.model, self.tokenizer, self.layers, self.window = model, tokenizer, layers, window
         self.trace: Trace | None = None
         self.restore: Any = None  # what detach needs
         self.staging = False
-        self._shifting, self._limit, self._frozen = shifting, limit, False
+        self._shifting, self._bounded = positions != "constant", positions == "clamped"
+        self._limit, self._frozen = limit, False
         self._next: torch.Tensor | None = None  # (rows,), where the next token of each row stands
         self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `_next` after it, and its mask
         self._shifts: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # of the tokens in each cache
@@ -53,13 +54,12 @@ class ModelMemory:
     @property
     def tokens(self) -> np.ndarray:
         """Tokens each row remembers, int64 (rows,); none before anything is written."""
-        stores = next(iter(self.layers.values())).stores
-        return sum((store.tokens for store in stores), np.zeros(stores[0].rows if stores else 0, np.int64))
+        return next(iter(self.layers.values())).tokens
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values in all layers."""
-        return sum(store.nbytes for layer in self.layers.values() for store in layer.stores)
+        return sum(store.nbytes for layer in self.layers.values() for store in layer.stores.values())
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything, or everything of some rows, whose history then starts anew.
@@ -75,6 +75,7 @@ class ModelMemory:
         for layer in self.layers.values():
             layer.clear(rows)
         if rows is not None and self._next is not None:
+            self._next = self._next.clone()
             self._next[list(rows)] = 0
 
     def read_document(self, text_or_ids: Any, progress: Progress = True, score: bool = False) -> Any:
@@ -152,11 +153,9 @@ class ModelMemory:
                 "positions",
                 f"a document within the {self._limit} positions this model has learned",
                 f"position {int(positions.max())}",
-                "Attach with positions='constant', or clear the memory first.",
+                "Attach with positions='clamped', or clear the memory first.",
             )
-        if self.staging:
-            last = positions if mask is None else torch.where(mask, positions, -1)
-            self._segment = last.amax(dim=1).expand(rows) + 1, mask
+        self.positions, self._mask = positions, mask
         return given
 
     def end(self) -> None:
@@ -172,16 +171,16 @@ class ModelMemory:
     def _commit(self) -> None:
         """Write what every layer has staged, if the forward pass that staged it came to its end."""
         complete = all(layer.staged is not None for layer in self.layers.values())
-        if self._segment is None or not complete:
+        if not complete:
             self._drop_staged()
             return
-        (following, mask), self._segment = self._segment, None
         for layer in self.layers.values():
-            layer.write(mask)
+            layer.write(self._mask, self.positions)
+        last = self.positions if self._mask is None else torch.where(self._mask, self.positions, -1)
+        following = last.amax(dim=1).expand(len(self.tokens)) + 1
         self._next = following if self._next is None else torch.maximum(self._next, following)
 
     def _drop_staged(self) -> None:
-        self._segment = None
         for layer in self.layers.values():
             layer.staged = None
 
@@ -194,6 +193,8 @@ class ModelMemory:
         if mask is not None:
             first = mask.int().argmax(dim=1, keepdim=True)
         shift = self._next[:, None] - positions.expand(rows, -1).gather(1, first)
+        if self._bounded and self._limit is not None:  # learned positions: never past the last
+            shift = shift.clamp(max=self._limit - 1 - int(positions.max()))
         if cache is not None:
             self._shifts[cache] = shift
         return shift

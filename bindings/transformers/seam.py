@@ -77,7 +77,8 @@ def attention(
     if layer.empty:
         return own()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    remembered = layer.read(query, seam.angles, scale)
+    readings = layer.read(query, seam.angles, seam.memory.positions, scale)
+    remembered = merge(*readings)
     bias = getattr(module, GATE, None)
     if bias is not None:
         local = own()[0].transpose(1, 2)
@@ -89,7 +90,7 @@ def attention(
         joined = merge(at_hand, remembered)
         output, joint = joined.output, joined.lse
     if seam.memory.trace is not None:
-        seam.memory.trace.record(layer.index, remembered, joint, scale)
+        seam.memory.trace.record(layer.index, readings, joint, scale)
     return output.transpose(1, 2).contiguous(), None
 
 

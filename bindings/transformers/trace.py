@@ -38,7 +38,8 @@ class Trace:
     Parameters
     ----------
     keep : int
-        How many of the nearest memories to keep for each token, layer and head; 8 bytes each.
+        How many of the nearest memories to keep for each token, layer and head; 8 bytes each. Those first tokens that
+        every query reads are left out.
 
     Attributes
     ----------
@@ -57,12 +58,15 @@ class Trace:
         self._segments.append([])
         self.tokens += n
 
-    def record(self, layer: int, memory: Reading, joint_lse: torch.Tensor, scale: float) -> None:
-        """Keep the nearest memories of one reading (rows, heads, q), weighed by exp(scale score - joint_lse)."""
-        positions = memory.neighbours.positions[..., : self.keep]
-        scores = memory.neighbours.scores[..., : self.keep].detach().float()
-        weights = torch.exp(scale * scores - joint_lse.detach().float()[..., None])
-        weights = torch.where(positions >= 0, weights, 0)
+    def record(self, layer: int, readings: list[Reading], joint_lse: torch.Tensor, scale: float) -> None:
+        """Keep the nearest memories of one layer (rows, heads, q), weighed by exp(scale score - joint_lse)."""
+        near = [reading.neighbours for reading in readings if reading.neighbours is not None]
+        positions, scores = (
+            torch.cat(parts, dim=-1) for parts in zip(*((n.positions, n.scores) for n in near), strict=True)
+        )
+        scores, order = scores.detach().float().topk(min(self.keep, scores.shape[-1]), dim=-1)
+        positions = positions.gather(-1, order)
+        weights = torch.where(positions >= 0, torch.exp(scale * scores - joint_lse.detach().float()[..., None]), 0)
         self._segments[-1].append(Part(layer, positions.int().cpu().numpy(), weights.cpu().numpy()))
 
     def draws(self, token: int, row: int = 0) -> list[Draw]:

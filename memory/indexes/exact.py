@@ -36,10 +36,11 @@ class ExactIndex:
         return 0 if self.kept is None else self.kept.nbytes
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        make, keys = getattr(load(current_backend()), "exact_keys", None), row.keys[:, : row.stored]
+        make, stored = getattr(load(current_backend()), "exact_keys", None), (slice(None), slice(0, row.stored))
         if make is None:
-            scores, ages = retrieve(queries, keys, k, self.space, None, row.start)
+            scores, ages = retrieve(queries, row.numbers("keys", stored), k, self.space, None, row.start)
         else:
+            keys, _ = row.part("keys", stored)
             with self.lock:
                 self.follow(row, make)
                 self.kept.settle_down(keys)
@@ -52,9 +53,11 @@ class ExactIndex:
             self.kept, self.followed = make(*self.shape, self.space, self.dtype), 0
         if self.followed == row.written:
             return
-        self.kept.grow(row.keys.shape[1])
+        self.kept.grow(row.slots)
         for slots in written_since(row, self.followed):
-            self.kept.write(row.keys[:, slots], slots.start)
+            where = (slice(None), slots)
+            keys, scales = row.part("keys", where) if self.kept.as_stored else (row.numbers("keys", where), None)
+            self.kept.write(keys, scales, slots.start)
         self.followed = row.written
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 
 class Ring(Protocol):
-    """What an index sees of its row: keys (heads, slots, dim), the token at position p in slot p % capacity."""
+    """What an index sees of its row: its keys, the token at position p in slot p % capacity."""
 
     capacity: int
     written: int
-    keys: np.ndarray
 
     @property
     def stored(self) -> int: ...
@@ -20,6 +19,10 @@ class Ring(Protocol):
     def oldest(self) -> int: ...
     @property
     def start(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    def part(self, name: str, where: Any) -> tuple[np.ndarray, np.ndarray | None]: ...
+    def numbers(self, name: str, where: Any) -> np.ndarray: ...
 
 
 class Index(Protocol):

@@ -1,0 +1,228 @@
+"""The memory of a Compressive Transformer: recent states, and older ones compressed c to one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from ..backends.arrays import cast, namespace
+from ..backends.errors import ArgumentError, ShapeError
+from ..backends.exchange import like as like_of
+from ..backends.exchange import to_numpy
+from ..core import checks
+from ..core.compression import METHODS, checked_weights, compress
+from .file import Savable
+from .lock import ReadWriteLock, exclusive, shared
+from .recurrent import DTYPES, restore_window, segment, window_arrays
+from .rows import detached, listed
+from .state import pack, unpack
+from .window import States, Window
+
+
+class CompressiveMemory(Savable):
+    """The newest `capacity` states of every row, and before them `compressed` summaries of `rate` older states each.
+
+    Parameters
+    ----------
+    rows : int
+        Documents, users or batch elements; none ever sees another's states.
+    dim : int
+        Width of a state.
+    capacity : int
+        Recent states held per row. Up to rate - 1 more wait until they are a block.
+    compressed : int
+        The most compressed states held per row; the oldest are forgotten.
+    rate : int
+        c: how many states become one.
+    method : {"mean", "max", "conv", "dilated", "most_used"}
+        How; see `compress`.
+    weights : tuple of arrays (...), optional
+        Kernel and bias of "conv" or "dilated", of the framework that states come in; `weights` may be set anew.
+    dtype : {"float32", "float16", "float64"}
+        What states are stored as.
+
+    Raises
+    ------
+    ArgumentError, ShapeError
+        A size below 1, an unknown choice, or weights that the method does not take.
+
+    Notes
+    -----
+    Bytes: rows x (capacity + rate - 1 + compressed) x dim x itemsize; it spans capacity + rate x compressed tokens.
+    States are stored without a graph. Source: Rae et al., "Compressive Transformers" (ICLR 2020, arXiv 1911.05507),
+    section 3. Differs from the paper in that nothing is padded or dropped: states wait until they are c.
+
+    Examples
+    --------
+    >>> import numpy as np, perdure
+    >>> memory = perdure.CompressiveMemory(rows=1, dim=1, capacity=2, compressed=3, rate=4, method="mean")
+    >>> memory.write(np.arange(11.0).reshape(1, 11, 1))
+    >>> memory.read().states.ravel()
+    array([ 1.5,  5.5,  8. ,  9. , 10. ], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        capacity: int,
+        compressed: int,
+        rate: int,
+        method: str = "mean",
+        *,
+        weights: tuple[Any, ...] = (),
+        dtype: str = "float32",
+    ):
+        self._lock = ReadWriteLock()
+        self.rows, self.dim = checks.count("rows", rows), checks.count("dim", dim)
+        self.capacity, self.compressed = checks.count("capacity", capacity), checks.count("compressed", compressed)
+        self.rate, self.method = checks.count("rate", rate), checks.choice("method", method, METHODS)
+        self.dtype = checks.choice("dtype", dtype, DTYPES)
+        checked_weights(self.method, self.rate, self.dim, tuple(weights))
+        self.weights = tuple(weights)
+        self._recent = Window(self.rows, self.capacity + self.rate - 1, self.dim, self.dtype)
+        self._older = Window(self.rows, self.compressed, self.dim, self.dtype)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens remembered now, the compressed ones counted as `rate` each, int64 (rows,)."""
+        return self._recent.stored + self.rate * self._older.stored
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return self._recent.nbytes + self._older.nbytes
+
+    @exclusive
+    def write(self, x: Any, rows: Sequence[int] | None = None, mask: Any = None) -> None:
+        """Append hidden states; what exceeds the capacity is compressed, block by block.
+
+        Parameters
+        ----------
+        x : array (rows, n, dim)
+            Any n.
+        rows : sequence of int, optional
+            Which rows the first axis stands for, each at most once; all by default.
+        mask : bool array (rows, n), optional
+            False is padding, and not stored.
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
+            In every case nothing has been written.
+        """
+        chosen = listed(rows, self.rows)
+        x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
+        weights = self._weights_beside(x)
+        gone, usage, leaving = self._recent.append(x, present, chosen, self.capacity, self.rate)
+        blocks = leaving // self.rate
+        if not blocks.any():
+            return
+        if self.method == "most_used":  # how many a row keeps depends on how many left
+            summaries = self._most_used(gone, usage, leaving)
+        else:
+            summaries = compress(gone, self.rate, self.method, weights)
+        kept = np.arange(summaries.shape[1]) < blocks[:, None]
+        self._older.append(cast(detached(summaries), x.dtype), kept, chosen, self.compressed, 1)
+
+    def _most_used(self, gone: Any, usage: np.ndarray, leaving: np.ndarray) -> Any:
+        xp, most = namespace(gone), gone.shape[1] // self.rate
+        rows = []
+        for i, left in enumerate(leaving):
+            of_row = gone[i, : int(left), ...]
+            kept = compress(of_row, self.rate, "most_used", (), like_of(usage[i, :left], gone, gone.dtype))
+            rows.append(xp.concat([kept, xp.zeros_like(gone[i, : most - kept.shape[0], ...])], axis=0))
+        return xp.stack(rows)
+
+    def _weights_beside(self, x: Any) -> tuple[Any, ...]:
+        checked_weights(self.method, self.rate, self.dim, self.weights)
+        return tuple(like_of(to_numpy(detached(w)), x, x.dtype) for w in self.weights)
+
+    @exclusive
+    def attended(self, weights: Any, rows: Sequence[int] | None = None) -> None:
+        """Note how much attention each recent state drew; "most_used" keeps those that drew most.
+
+        Parameters
+        ----------
+        weights : array (rows, m)
+            Attention on the m newest recent states, the newest last, summed over heads and queries; at least 0.
+        rows : sequence of int, optional
+            Which rows the first axis stands for; all by default.
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, ArgumentError
+        """
+        chosen = listed(rows, self.rows)
+        checks.floating_arrays(weights=weights)
+        checks.shape("weights", weights, len(chosen), "m", whole=True)
+        mass, m = to_numpy(weights).astype(np.float64), int(weights.shape[1])
+        if m > self._recent.width:
+            raise ShapeError(
+                "weights", f"at most {self._recent.width} states", str(m), "Leave out the compressed ones."
+            )
+        if not np.isfinite(mass).all() or (mass < 0).any():
+            raise ArgumentError("weights", "finite mass of at least 0", "other", "Pass softmax weights.")
+        self._recent.usage[chosen, self._recent.width - m :] += mass
+
+    @shared
+    def read(self, like: Any = None, rows: Sequence[int] | None = None) -> States:
+        """All states of every row, to attend to before those of the present segment: compressed first, then recent.
+
+        Parameters
+        ----------
+        like : array (...), optional
+            In whose framework and on whose device they are wanted; those of the last write by default.
+        rows : sequence of int, optional
+            Which rows; all by default.
+
+        Returns
+        -------
+        States
+            states (rows, m, dim) and mask (rows, m).
+
+        Raises
+        ------
+        ArgumentError
+        """
+        chosen, like = listed(rows, self.rows), self._recent.states if like is None else like
+        older, recent = self._older.read(like, chosen), self._recent.read(like, chosen)
+        xp = namespace(like)
+        return States(xp.concat([older.states, recent.states], axis=1), xp.concat([older.mask, recent.mask], axis=1))
+
+    @exclusive
+    def clear(self, rows: Sequence[int] | None = None) -> None:
+        """Forget everything in `rows`, or in all of them.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        for window in (self._recent, self._older):
+            window.clear(listed(rows, self.rows))
+
+    @shared
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """States, counts and weights as a flat dict of arrays; "config" holds the rest as JSON bytes."""
+        names = ("rows", "dim", "capacity", "compressed", "rate", "method", "dtype")
+        arrays = window_arrays("recent", self._recent) | window_arrays("older", self._older)
+        arrays |= {f"weights.{i}": np.array(to_numpy(detached(w))) for i, w in enumerate(self.weights)}
+        return pack("CompressiveMemory", {name: getattr(self, name) for name in names}, arrays)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The memory that `state` describes; its behaviour is bit-identical from here on.
+
+        Raises
+        ------
+        ArgumentError
+            No state of a CompressiveMemory, or an altered one.
+        """
+        config, arrays = unpack("CompressiveMemory", state)
+        weights = tuple(arrays[f"weights.{i}"] for i in range(2) if f"weights.{i}" in arrays)
+        memory = cls(**config, weights=weights)
+        restore_window(memory._recent, "recent", arrays)
+        restore_window(memory._older, "older", arrays)
+        return memory
