@@ -97,7 +97,7 @@ class Bodies:
 
     def get(self, start: int, into: np.ndarray) -> bool:
         """Fill `into`, uint8 (bytes,), from `start` on; False where the file ends before."""
-        room, filled = memoryview(into), 0
+        room, filled = into.data, 0
         with self._errors():
             while filled < len(room):
                 read = os.preadv(self.descriptor, [room[filled:]], start + filled)
@@ -216,7 +216,7 @@ def _flush(descriptor: int) -> None:
     try:
         import fcntl
 
-        full = fcntl.F_FULLFSYNC  # macOS: only this reaches the disk
+        full: int = fcntl.F_FULLFSYNC  # type: ignore[attr-defined]  # macOS: only this reaches the disk
     except (ImportError, AttributeError):
         getattr(os, "fdatasync", os.fsync)(descriptor)
     else:

@@ -71,7 +71,7 @@ class Catalogue:
         self._read()
         for entry, seen in before.items():
             place, guard = entry.place, entry.guard
-            if not entry.deleted and seen.chain == place.chain:
+            if place is None or seen is None or (not entry.deleted and seen.chain == place.chain):
                 continue
             shelf.drop(entry)
             if not entry.deleted and guard is not None and seen.epoch == place.epoch and seen.records < place.records:
@@ -94,10 +94,12 @@ class Catalogue:
         """
         with entry.lock:
             entry.alive()
-            if entry.guard is None:
+            if entry.guard is None and entry.place is not None:
                 about = entry.about
                 entry.guard, entry.place = ledger.revive(self.engine, entry.place, about["kind"], about["options"])
                 self.loads += 1
+            if entry.guard is None:
+                raise self.engine.damaged(f"the memory {entry.name!r}")
             return entry.guard
 
     def commit(self, work: list[Entry]) -> None:
@@ -137,18 +139,17 @@ class Catalogue:
         with entry.lock:
             if entry.deleted or not entry.touched:
                 return
-            place, calls = entry.place, entry.waiting
+            place, calls, guard = entry.place, entry.waiting, entry.guard
             whole = entry.whole or place is None or self.outgrown(place, entry.waiting_bytes)
             taken.append((entry, calls, whole))
             entry.waiting, entry.waiting_bytes, entry.whole, entry.touched = [], 0, False, False
-            if whole:
-                if place is None:
-                    facts["ids"] += 1
-                number = facts["ids"] if place is None else place.id
-                place = ledger.put_state(self.engine, Place(number, facts["commits"]), entry.guard)
-        if not whole:
-            for record in calls:
-                place = ledger.put_call(self.engine, place, record)
+            if place is None:
+                facts["ids"] += 1
+                place = Place(facts["ids"], facts["commits"])
+            if whole and guard is not None:
+                place = ledger.put_state(self.engine, Place(place.id, facts["commits"]), guard)
+        for record in () if whole else calls:
+            place = ledger.put_call(self.engine, place, record)
         ledger.put_entry(self.engine, facts, encoded(entry.name), entry.about, place)
         after.append((entry, place))
         self.states, self.appends = self.states + whole, self.appends + (not whole)

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..backends.errors import FileError, StoreError
 from .bodies import Bodies
-from .disk import refuse_odd, sync_folder
+from .disk import refuse_odd, sync_folder, unreadable
 from .record import LARGEST_HEAD, PART
 
 VERSION = 1
@@ -98,7 +98,7 @@ class Engine:
     def _prepare(self) -> None:
         connection = self.connection
         if hasattr(connection, "setconfig"):  # Python 3.12
-            connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+            connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)  # type: ignore[attr-defined]
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * LARGEST_HEAD)
         connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
         new = not self.readonly and self._value("PRAGMA page_count") == 0
@@ -144,11 +144,19 @@ class Engine:
             raise StoreError(str(self.path), "a disk that works", str(error), remedy) from error
         except (OverflowError, UnicodeDecodeError) as error:
             raise FileError(str(self.path), "an undamaged store", str(error), _DAMAGED) from error
+        except OSError as error:
+            if isinstance(error, FileError):
+                raise
+            raise StoreError(
+                str(self.path), "a disk that works", str(error), "Check the disk, and try again."
+            ) from error
 
     @contextmanager
     def transaction(self, write: bool = True) -> Iterator[None]:
         """All inside happens, and where `write`, it is on the disk when the block has ended; or nothing happens."""
-        placed, released = self._placed, self._released = [], []
+        placed: list[tuple[int, int]] = []
+        released: list[tuple[int, int]] = []
+        self._placed, self._released = placed, released
         with self.errors():
             self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
@@ -246,7 +254,7 @@ class Engine:
                 part = np.empty(size, np.uint8)
                 if not self.bodies.get(start, part):
                     raise self.damaged("every part of a record")
-                new = self.bodies.put(memoryview(part))
+                new = self.bodies.put(part.data)
                 self._placed.append((new, size))
                 self._released.append((start, size))
                 self.connection.execute("UPDATE records SET start = ? WHERE rowid = ?", (new, row))
@@ -354,7 +362,10 @@ class WriterLock:
         flags = os.O_RDWR | os.O_CREAT
         for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
             flags |= getattr(os, name, 0)
-        self.descriptor = os.open(path, flags, 0o600)
+        try:
+            self.descriptor = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise unreadable(path, error) from error
         try:
             if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
                 raise FileError(str(path), "a regular file", "something else", "Remove it.")

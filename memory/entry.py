@@ -31,7 +31,7 @@ class Entry:
     @property
     def bytes(self) -> int:
         """Bytes on the disk, and of what waits."""
-        return (self.place.bytes if self.place else 0) + self.waiting_bytes
+        return (self.place.size if self.place else 0) + self.waiting_bytes
 
     def alive(self) -> None:
         """Refuse a memory that was deleted.

@@ -249,7 +249,7 @@ def _digest(header: bytes) -> str:
 
 def _bytes(array: np.ndarray) -> memoryview:
     """The bytes of a contiguous array, uncopied."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ class Guard:
     """
 
     def __init__(self, memory: Memory, kind: str, clip: float | None, source_quota: int | None):
-        self.memory, self.clip, self.source_quota = memory, clip, source_quota
-        self.keys = KEYS.get(kind) if clip is not None else None
+        self.memory, self.clip, self.source_quota = memory, clip or math.inf, source_quota
+        self.keys = KEYS.get(kind, "") if clip is not None else ""  # which argument is clipped, if any
         rows, heads = getattr(memory, "rows", 0), getattr(memory, "heads", 0)
         self.counts = np.zeros(rows, np.int64)  # tokens seen
         self.lengths = np.zeros((rows, heads))  # what is ordinary
@@ -63,7 +64,7 @@ class Guard:
             self.memory.write(**arguments)
         else:
             chosen, keys, *after = measured
-            self.memory.write(**{**arguments, self.keys: keys})
+            self.memory.write(**(arguments | {self.keys: keys}))
             self.counts[chosen], self.lengths[chosen], self.first[chosen] = after
         if source is not None:
             self.sources[source] = tokens
@@ -123,15 +124,18 @@ class Guard:
         """Rows, clipped keys, and what counts, lengths and first become; None where the memory will refuse the call."""
         keys, rows, mask = arguments.get(self.keys), arguments.get("rows"), arguments.get("mask")
         chosen = list(range(len(self.counts))) if rows is None else list(rows)
-        heads = self.lengths.shape[1]
-        fits = isinstance(keys, np.ndarray) and keys.ndim == 4 and keys.shape[:2] == (len(chosen), heads)
-        fits = fits and keys.dtype.kind == "f" and all(isinstance(r, int) and r < len(self.counts) for r in chosen)
-        if mask is None:
-            mask = np.ones((len(chosen), keys.shape[2]), bool) if fits else None
-        if not fits or mask.dtype != bool or mask.shape != (len(chosen), keys.shape[2]):
+        if not isinstance(keys, np.ndarray) or keys.ndim != 4 or keys.dtype.kind != "f":
+            return None
+        if keys.shape[:2] != (len(chosen), self.lengths.shape[1]):
+            return None
+        tokens = (len(chosen), keys.shape[2])
+        mask = np.ones(tokens, bool) if mask is None else mask
+        known = all(isinstance(row, int) and 0 <= row < len(self.counts) for row in chosen)
+        if not known or not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != tokens:
             return None
         with np.errstate(over="ignore", invalid="ignore"):
-            norms = np.sqrt(np.einsum("rhnd,rhnd->rhn", keys, keys, dtype=np.float64))
+            wide = keys.astype(np.float64, copy=False)
+            norms = np.sqrt(np.einsum("rhnd,rhnd->rhn", wide, wide))
         if not np.isfinite(norms).all():
             return None
         counts, lengths, first = self.counts[chosen], self.lengths[chosen], self.first[chosen]

@@ -20,15 +20,15 @@ class Place:
     id: int
     epoch: int
     records: int = 0
-    bytes: int = 0
+    size: int = 0
     stale: bool = False  # its calls hold what was cleared since
     chain: bytes = b""
-    state_bytes: int = 0  # of `bytes`, those of the first record; 0 where not known
+    state_bytes: int = 0  # of `size`, those of the first record; 0 where not known
 
     @property
     def call_bytes(self) -> int:
         """Bytes of the calls since the state."""
-        return self.bytes - self.state_bytes
+        return self.size - self.state_bytes
 
 
 def put_state(engine: Engine, place: Place, guard: Guard) -> Place:
@@ -36,7 +36,7 @@ def put_state(engine: Engine, place: Place, guard: Guard) -> Place:
     engine.drop_records(place.id)
     head, parts = encode_state(guard.state())
     written = _put(engine, place, head, parts, None)
-    return replace(written, state_bytes=written.bytes)
+    return replace(written, state_bytes=written.size)
 
 
 def put_call(engine: Engine, place: Place, record: Record) -> Place:
@@ -53,14 +53,14 @@ def _put(engine: Engine, place: Place, head: bytes, parts: Iterable[memoryview],
         size += len(body)
         engine.put_part(place.id, number, part, None if part else head, body)
     chain = link(place.chain, place.id, place.epoch, number, content or summed.digest())
-    return replace(place, records=number + 1, bytes=place.bytes + size, chain=chain)
+    return replace(place, records=number + 1, size=place.size + size, chain=chain)
 
 
 def put_entry(engine: Engine, facts: dict[str, int], name: bytes, about: dict[str, Any], place: Place) -> None:
     """Write a memory's entry into the catalogue, in place of the one it had."""
     drop_entry(engine, facts, place.id)
     text = json.dumps(about, sort_keys=True).encode()
-    row = (place.id, name, text, place.epoch, place.records, place.bytes, int(place.stale), place.chain)
+    row = (place.id, name, text, place.epoch, place.records, place.size, int(place.stale), place.chain)
     made = row_digest(*row)
     engine.connection.execute("INSERT INTO memories VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, made))
     facts["memories"] += 1
@@ -85,13 +85,13 @@ def revive(engine: Engine, place: Place, kind: str, options: dict[str, Any]) -> 
         A record is missing, altered, or does not belong there.
     """
     guard: Guard | None = None
-    for end, verb, arguments in _verified(engine, replace(place, records=0, bytes=0, chain=b""), place):
+    for end, verb, arguments in _verified(engine, replace(place, records=0, size=0, chain=b""), place):
         if (verb == STATE) is not (guard is None):
             raise engine.damaged("a state, then calls")
         try:
             if guard is None:
                 guard = Guard.revive(arguments, kind, options["clip"], options["source_quota"])
-                place = replace(place, state_bytes=end.bytes)
+                place = replace(place, state_bytes=end.size)
             else:
                 repeat(guard, verb, arguments)
         except (PerdureError, TypeError, ValueError, KeyError, IndexError, MemoryError) as error:
@@ -119,10 +119,10 @@ def _verified(engine: Engine, seen: Place, place: Place) -> Iterator[tuple[Place
     """The records after `seen`, decoded, with the place after each; the chain must end at `place`."""
     while seen.records < place.records:
         head, body = engine.get(place.id, seen.records)
-        content = digest(head, (memoryview(body),)).digest()
+        content = digest(head, (body.data,)).digest()
         chain = link(seen.chain, place.id, place.epoch, seen.records, content)
-        seen = replace(seen, records=seen.records + 1, bytes=seen.bytes + len(head) + body.size, chain=chain)
-        if seen.records == place.records and (seen.chain, seen.bytes) != (place.chain, place.bytes):
+        seen = replace(seen, records=seen.records + 1, size=seen.size + len(head) + body.size, chain=chain)
+        if seen.records == place.records and (seen.chain, seen.size) != (place.chain, place.size):
             raise engine.damaged("records that match their checksum")
         try:
             verb, arguments = decode(head, body)

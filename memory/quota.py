@@ -21,7 +21,7 @@ class Quota:
         """Count anew, after a commit."""
         entries = list(entries)
         with self._totals:
-            self.stored = sum(entry.place.bytes for entry in entries if entry.place is not None)
+            self.stored = sum(entry.place.size for entry in entries if entry.place is not None)
             self.waiting = sum(entry.waiting_bytes for entry in entries)
 
     def wait(self, entry: Entry, size: int) -> None:

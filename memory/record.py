@@ -165,14 +165,15 @@ def _padded(arrays: list[np.ndarray]) -> Iterator[memoryview | bytes]:
     """The arrays' bytes, little-endian, each filled up to a multiple of ALIGNMENT."""
     for array in arrays:
         little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        yield memoryview(little.reshape(-1).view(np.uint8))
+        yield little.reshape(-1).view(np.uint8).data
         yield bytes(-array.nbytes % ALIGNMENT)
 
 
 def _filled(pieces: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
     """The same bytes in pieces of exactly PART bytes, but for the last."""
     room, filled = bytearray(PART), 0
-    for piece in map(memoryview, pieces):
+    for whole in pieces:
+        piece = memoryview(whole)
         while piece:
             taken = min(len(piece), PART - filled)
             room[filled : filled + taken] = piece[:taken]

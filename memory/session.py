@@ -24,6 +24,8 @@ class Session:
         self.path, self.readonly, self.closed = path, readonly, False
         self._forks, self._disk = forks(), threading.RLock()
         made_folder(path, create=not readonly)
+        if any(os.path.samestat(os.stat(path), folder) for folder, _ in _orphans):
+            raise self._forked()
         with contextlib.ExitStack() as undone:
             self.lock = None if readonly else WriterLock(path)
             if self.lock is not None:
@@ -31,6 +33,7 @@ class Session:
             self.engine = Engine(path, readonly)
             undone.callback(self.engine.close)
             self.catalogue = Catalogue(self.engine)
+            self.folder = os.stat(path)
             undone.pop_all()
         _sessions.add(self)
 
@@ -55,16 +58,20 @@ class Session:
         ForkError, StoreError
         """
         if self._forks != forks():
-            raise ForkError(
-                str(self.path),
-                "the process that opened the store",
-                "a child it forked",
-                "Open the store in the child, once the parent has closed it, or with readonly=True.",
-            )
+            raise self._forked()
         if self.closed:
             raise StoreError(str(self.path), "an open store", "a closed one", "Open it again.")
         if write and self.readonly:
             raise StoreError(str(self.path), "a store open for writing", "one open for reading", "Open it to write.")
+
+    def _forked(self) -> ForkError:
+        """SQLite's locks do not survive a fork, and a child cannot tell its own from those of its parent."""
+        return ForkError(
+            str(self.path),
+            "a store that was not open when the process forked",
+            "the child of a process that had it open",
+            "Open it in a process started with the 'spawn' method, or fork before the parent opens it.",
+        )
 
     def close(self) -> bool:
         """Close, and say whether it was open; in a child of the process that opened it, nothing happens."""
@@ -81,13 +88,14 @@ class Session:
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-_orphans: list[Any] = []  # connections of the parent: kept, because to close them here would act on its files
+# Folders and connections of the parent: kept, because to close them here would act on its files.
+_orphans: list[tuple[os.stat_result, Any]] = []
 
 
 def _orphan() -> None:
     for session in list(_sessions):
         if not session.closed:
-            _orphans.append(session.engine.connection)
+            _orphans.append((session.folder, session.engine.connection))
             if session.lock is not None:
                 session.lock.close()  # the child's copy, or the store would stay locked after the parent's end
 

@@ -248,9 +248,8 @@ class Store:
             for entry in list(self._catalogue.entries.values()):
                 if entry.place is None or entry.place.records == 1:
                     continue
-                self._shelf.guard(entry)
-                with entry.lock:
-                    if entry.guard is None or not self._catalogue.compactable(entry.place):
+                with self._writing(entry):
+                    if not self._catalogue.compactable(entry.place):
                         continue
                     entry.whole = entry.touched = True
                 self._catalogue.commit([entry])

@@ -96,7 +96,7 @@ class StoredMemory(Savable):
         ------
         FileError, MissingPackageError
         """
-        self._store._guard(self._entry).memory.save(path)  # type: ignore[attr-defined]
+        self._store._guard(self._entry).memory.save(path)  # type: ignore[attr-defined, unused-ignore]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "load_state_dict":

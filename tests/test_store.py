@@ -96,6 +96,42 @@ def test_what_was_not_committed_is_gone(path):
     store.close()
 
 
+KINDS = {
+    "knn": {"rows": 2, "heads": 2, "dim": 4, "capacity": 20},
+    "continuous": {"rows": 2, "dim": 4, "basis": 8, "samples": 16},
+    "recurrent": {"rows": 2, "dim": 4, "capacity": 6},
+    "compressive": {"rows": 2, "dim": 4, "capacity": 4, "compressed": 3, "rate": 2, "method": "most_used"},
+    "hybrid": {"rows": 2, "heads": 2, "dim": 4, "capacity": 60, "basis": 8},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_stored_saved_and_repeated_to_the_bit(path, tmp_path, kind):
+    config, before = KINDS[kind], None
+    for step in range(6):
+        with perdure.open(path) as store:
+            memory = store.memory(kind, kind=kind, **config)
+            assert before is None or same(memory, before)
+            for _ in range(2):
+                keys = segment(step)
+                memory.write(*((keys, keys) if "heads" in config else (keys[:, 0],)))
+                match kind:
+                    case "continuous":
+                        memory.write(keys[:, 0], attention=(np.full((2, 3), 0.4), np.full((2, 3), 0.01)))
+                    case "compressive":
+                        memory.attended(np.ones((2, 2)) * step)
+                    case "hybrid":
+                        memory.read(keys, k=2)
+            if step == 3:
+                memory.clear([1])
+            memory.save(tmp_path / "copy")
+            for mmap in (False, True):
+                assert same(perdure.load(tmp_path / "copy", mmap=mmap), memory)
+            before = memory.state_dict()
+            if step == 4:
+                store.checkpoint()
+
+
 def test_a_with_block_that_fails_commits_nothing(path):
     def failing():
         with perdure.open(path) as store:
@@ -417,6 +453,8 @@ def test_a_forked_child_gets_a_clear_error_and_leaves_the_parent_alone(path):
         for action in (store.commit, lambda: memory.read(segment(), k=1), lambda: memory.write(segment(), segment())):
             assert in_child(action) == "ForkError"
         assert in_child(store.close) == "nothing"
+        for readonly in (False, True):
+            assert in_child(lambda readonly=readonly: perdure.open(path, readonly=readonly)) == "ForkError"
         memory.write(segment(), segment())
         store.commit()
     with perdure.open(path) as store:

@@ -52,13 +52,19 @@ class Expected:
     """Fingerprints of all memories after every step."""
 
     def __init__(self):
-        self.memories, self.after = {}, [fingerprint({})]
+        self.memories, self.after, self.parts = {}, [fingerprint({})], [{}]
 
     def __getitem__(self, step):
         while len(self.after) <= step:
             do(len(self.after) - 1, self._memory, self.memories.pop)
             self.after.append(fingerprint(self.memories))
+            self.parts.append({name: fingerprint({name: memory}) for name, memory in self.memories.items()})
         return self.after[step]
+
+    def part(self, step, name):
+        """The fingerprint of one memory after a step; None where there is none."""
+        self[step]
+        return self.parts[step].get(name)
 
     def _memory(self, name):
         return self.memories.setdefault(name, perdure.KNNMemory(**CONFIG))
