@@ -227,14 +227,16 @@ class Engine:
         sizes = [size for _, _, size, _, _ in parts]
         if not parts or not all(isinstance(size, int) and 0 <= size <= PART for size in sizes):
             raise self.damaged("every record")
-        if sum(sizes) > self.disk_bytes() or [row[0] for row in parts] != list(range(len(parts))):
+        outside = sum(size for _, _, size, start, _ in parts if start is not None)
+        held = all(isinstance(body, bytes) and len(body) == size for _, _, size, start, body in parts if start is None)
+        if not held or outside > self.bodies.size or [row[0] for row in parts] != list(range(len(parts))):
             raise self.damaged("every part of a record")
         made, filled, head = np.empty(sum(sizes), np.uint8), 0, parts[0][1]
         for _, _, size, start, body in parts:
             room = made[filled : filled + size]
-            if isinstance(body, bytes) and len(body) == size:
+            if start is None:
                 room[:] = np.frombuffer(body, np.uint8)
-            elif not (isinstance(start, int) and start >= 0 and self.bodies.get(start, room)):
+            elif not (isinstance(start, int) and 0 <= start < 1 << 62 and self.bodies.get(start, room)):
                 raise self.damaged("every part of a record")
             filled += size
         if not isinstance(head, bytes):

@@ -69,7 +69,8 @@ def encode_state(state: dict[str, np.ndarray]) -> tuple[bytes, Iterator[memoryvi
     arrays = [np.ascontiguousarray(array) for array in state.values()]
     tree = {name: _describe(array, []) for name, array in zip(state, arrays, strict=True)}
     head = json.dumps({"verb": STATE, "arguments": tree}, separators=(",", ":")).encode()
-    return head, _filled(_padded(arrays))
+    total = sum(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)
+    return head, _filled(_padded(arrays), min(total, PART))
 
 
 def decode(head: bytes, body: np.ndarray) -> tuple[str, dict[str, Any]]:
@@ -169,16 +170,16 @@ def _padded(arrays: list[np.ndarray]) -> Iterator[memoryview | bytes]:
         yield bytes(-array.nbytes % ALIGNMENT)
 
 
-def _filled(pieces: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
-    """The same bytes in pieces of exactly PART bytes, but for the last."""
-    room, filled = bytearray(PART), 0
+def _filled(pieces: Iterable[memoryview | bytes], size: int) -> Iterator[memoryview]:
+    """The same bytes in pieces of exactly `size` bytes, but for the last."""
+    room, filled = bytearray(size), 0
     for whole in pieces:
         piece = memoryview(whole)
         while piece:
-            taken = min(len(piece), PART - filled)
+            taken = min(len(piece), size - filled)
             room[filled : filled + taken] = piece[:taken]
             piece, filled = piece[taken:], filled + taken
-            if filled == PART:
+            if filled == size:
                 yield memoryview(room)
                 filled = 0
     if filled:

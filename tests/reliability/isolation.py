@@ -37,7 +37,7 @@ def isolation(count, seed):
             )[0]
             done[call] = done.get(call, 0) + 1
             if call in ("write", "clear", "compare", "read"):
-                kind = rng.choice(list(KINDS)) if name not in live else live[name][0]
+                kind = rng.choices(list(KINDS), (5, 1))[0] if name not in live else live[name][0]
                 config = KINDS[kind]
                 if name not in live:
                     twin = {k: v for k, v in config.items() if k != "clip"}
