@@ -18,8 +18,10 @@ from .ledger import Place
 from .record import Record
 from .shelf import Shelf
 
-FEWEST_CALLS = 32 << 20  # bytes of calls, below which a commit never rewrites a memory as a whole
-MOST_CALLS = 256  # records, after which a checkpoint does
+FEWEST_BYTES = 32 << 20  # on the disk, below which a commit does not rewrite a memory as one state
+WASTE = 1.5  # times the bytes of a memory that it may take on the disk before a commit does
+MOST_RECORDS = 4096  # after which a commit does
+MOST_CALLS = 256  # after which a checkpoint does
 
 
 class Catalogue:
@@ -140,7 +142,7 @@ class Catalogue:
             if entry.deleted or not entry.touched:
                 return
             place, calls, guard = entry.place, entry.waiting, entry.guard
-            whole = entry.whole or place is None or self.outgrown(place, entry.waiting_bytes)
+            whole = entry.whole or place is None or (guard is not None and self.outgrown(entry, place, guard))
             taken.append((entry, calls, whole))
             entry.waiting, entry.waiting_bytes, entry.whole, entry.touched = [], 0, False, False
             if place is None:
@@ -161,14 +163,15 @@ class Catalogue:
             entry.whole, entry.touched = entry.whole or whole, True
 
     @staticmethod
-    def outgrown(place: Place, waiting: int) -> bool:
-        """Whether a memory's calls are so many bytes that its state should be written instead."""
-        return place.call_bytes + waiting > max(FEWEST_CALLS, place.state_bytes // 2)
+    def outgrown(entry: Entry, place: Place, guard: Guard) -> bool:
+        """Whether so much of a memory's records is overwritten, or they are so many, that a state should replace them."""
+        most = max(FEWEST_BYTES, WASTE * guard.memory.nbytes)
+        return entry.bytes > most or place.records + len(entry.waiting) > MOST_RECORDS
 
     @staticmethod
     def compactable(place: Place) -> bool:
         """Whether a checkpoint should write a memory's state: its calls are many, large, or hold what was cleared."""
-        return place.stale or place.records > MOST_CALLS or 2 * place.call_bytes > place.state_bytes
+        return place.stale or place.records > MOST_CALLS or place.call_bytes > place.state_bytes
 
     def verify(self) -> None:
         """Compare everything with its checksums; inside a transaction.

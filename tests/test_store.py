@@ -560,8 +560,8 @@ def test_what_waits_does_not_leave_the_cache(path):
         assert store.stats()["perdure_store_memories_open"] == 1
 
 
-def test_calls_that_outgrow_a_state_are_rewritten_as_one(path, monkeypatch):
-    monkeypatch.setattr(catalogue, "FEWEST_CALLS", 5000)
+def test_calls_that_overwrite_one_another_are_rewritten_as_a_state(path, monkeypatch):
+    monkeypatch.setattr(catalogue, "FEWEST_BYTES", 5000)
     with perdure.open(path) as store:
         memory = store.memory("a", **SHAPE)
         for step in range(40):
@@ -569,6 +569,13 @@ def test_calls_that_outgrow_a_state_are_rewritten_as_one(path, monkeypatch):
             store.commit()
             assert store.sizes()["a"] < 25_000
         assert 1 < store.stats()["perdure_store_states_total"] < 20
+        growing = store.memory("b", **SHAPE | {"capacity": 10_000})
+        store.commit()
+        before = store.stats()["perdure_store_states_total"]
+        for step in range(40):
+            growing.write(segment(step), segment(step))
+            store.commit()
+        assert store.stats()["perdure_store_states_total"] == before  # nothing is wasted, so nothing is rewritten
     with perdure.open(path) as store:
         assert np.array_equal(store.memory("a").state_dict()["rows.0.keys"][:, -5:], segment(39)[0])
         store.verify()
