@@ -38,6 +38,8 @@ PUBLIC = [
     "PerdureError",
     "QuotaError",
     "Reading",
+    "RecallError",
+    "RecallWarning",
     "RecurrentMemory",
     "ShapeError",
     "Signal",
