@@ -164,7 +164,7 @@ class Catalogue:
 
     @staticmethod
     def outgrown(entry: Entry, place: Place, guard: Guard) -> bool:
-        """Whether so much of a memory's records is overwritten, or they are so many, that a state should replace them."""
+        """Whether so much of the records is overwritten, or they are so many, that a state should replace them."""
         most = max(FEWEST_BYTES, WASTE * guard.memory.nbytes)
         return entry.bytes > most or place.records + len(entry.waiting) > MOST_RECORDS
 

@@ -212,8 +212,8 @@ class Store:
 
         Notes
         -----
-        Cost: one write of the new calls, and two flushes. Where a third of what a memory has on the disk is overwritten,
-        its state is written instead; every 4 MiB or so of the database's log, it is carried over.
+        Cost: one write of the new calls, and two flushes. Where a third of what a memory has on the disk is
+        overwritten, its state is written instead; every 4 MiB or so of the database's log, it is carried over.
         """
         with self._session.using(write=True):
             started = time.perf_counter()
