@@ -54,7 +54,6 @@ def attention(n: int, d: int, rng: np.random.Generator) -> tuple[np.ndarray, np.
 
 def read_by_model(n: int) -> tuple[np.ndarray, np.ndarray]:
     import torch
-
     from perdure.bindings.pretrained import smollm2
 
     pretrained = smollm2()
