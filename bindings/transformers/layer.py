@@ -73,7 +73,8 @@ class LayerMemory:
         """Attention over the nearest memories of `query` (rows, query_heads, q, dim), rotated by `angles`.
 
         A reading for each store; `neighbours` tell positions in everything the row has read, but for the first tokens,
-        which every query reads.
+        which every query reads. There may be several times as many rows as are remembered: each row of memory then
+        serves that many, which follow one another.
         """
         readings = []
         for name, store in self.stores.items():
@@ -114,6 +115,17 @@ class LayerMemory:
         if "far" in self.stores:
             self._hand_on(key, value, angles, present)
         self.stores["near"].write(key, value, mask=present, tags=tags)
+
+    def successor(self) -> LayerMemory:
+        """An empty memory for what follows; it keeps first tokens only where nothing came before."""
+        sinks = self.capacities["first"] if self.empty else 0
+        capacities = {name: self.capacities[name] for name in ("near", "far")}
+        sizes = {**capacities, "distance": self.distance, "sinks": sinks, "k": self.k}
+        return LayerMemory(self.index, self.rotary, **sizes, settings=self.settings)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes a copy of what row `rows[i]` was."""
+        self.stores = {name: store.select(rows) for name, store in self.stores.items()}
 
     def clear(self, rows: Sequence[int] | None) -> None:
         """Forget `rows`; None is all, and any number of rows may come next."""
