@@ -295,7 +295,8 @@ class KNNMemory:
         """
         chosen = [listed([row], self.rows)[0] for row in rows]
         checks.count("rows", len(chosen))
-        made = copy.copy(self)
+        made = type(self).__new__(type(self))
+        made.__dict__ |= self.__dict__
         made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
         return made
 
