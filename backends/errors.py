@@ -59,3 +59,11 @@ class MissingPackageError(BackendError, ImportError):
 
 class FileError(PerdureError, OSError):
     """A file that cannot be read as what it should be."""
+
+
+class RecallError(PerdureError, RuntimeError):
+    """An approximate index that cannot give as many neighbours as were asked for and are stored."""
+
+
+class RecallWarning(UserWarning):
+    """An approximate index that finds fewer of the nearest than was asked for."""

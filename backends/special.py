@@ -19,8 +19,7 @@ def erf(array: Any) -> Any:
     """
     home = framework(array)
     if home in _HOMES:
-        module = sys.modules.get(_HOMES[home]) or importlib.import_module(
-            _HOMES[home]
-        )  # torch.compile traces no import
+        # torch.compile traces no import, so what is imported is taken as it stands
+        module = sys.modules.get(_HOMES[home]) or importlib.import_module(_HOMES[home])
         return module.erf(array)
     return like(importlib.import_module("scipy.special").erf(to_numpy(array)[...]), array)

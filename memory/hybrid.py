@@ -88,6 +88,7 @@ class HybridMemory:
         dtype: str = "float32",
         **settings: Any,
     ):
+        dtype = checks.choice("dtype", dtype, ("float32", "float16", "float64"))
         self.recent = KNNMemory(rows, heads, dim, capacity, value_dim=value_dim, dtype=dtype)
         self.rows, self.heads, self.dim, self.value_dim = rows, heads, dim, self.recent.value_dim
         self.capacity, self.slots = capacity, checks.count("slots", slots)

@@ -15,13 +15,14 @@ from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
-from .indexes.exact import ExactIndex
+from .indexes import make_index
+from .indexes.audit import exact_positions, overlap
 from .row import Row
 from .rows import listed, token_array
 from .state import pack, required, unpack
-from .storage import DTYPES, RAW, computing, decode, encode
+from .storage import DTYPES, computing, decode, encode
 
-INDEXES = ("exact",)
+INDEXES = ("exact", "ivf", "hnsw", "auto")
 
 
 class KNNMemory:
@@ -42,11 +43,17 @@ class KNNMemory:
     dtype : {"float32", "float16", "bfloat16", "int8", "float64"}
         What keys and values are stored as; int8 has a scale a vector. Computed with, queries included, is float32, or
         float64 where that is stored. No originals are kept beside: search is exact for the keys as stored.
-    index : {"exact"}
-        How the nearest are found.
+    index : {"exact", "ivf", "hnsw", "auto"}
+        How the nearest are found: all keys scored; inverted lists that follow the stream; graphs over its older part
+        (needs hnswlib); or whichever of these its use so far makes cheapest. See `explain`.
+    target_recall : float
+        Share of the true neighbours that approximate indexes are tuned to find, as audits on the memory's own queries
+        measure it. A RecallWarning says once that it is out of reach.
     max_norm : float, optional
         Longer keys are shortened to this norm when written. Under "ip" one key of a large norm can draw most of the
         attention of every query; this bounds what it can draw.
+    seed : int
+        Of the random choices of approximate indexes.
 
     Raises
     ------
@@ -86,7 +93,9 @@ class KNNMemory:
         space: str = "ip",
         dtype: str = "float32",
         index: str = "exact",
+        target_recall: float = 0.95,
         max_norm: float | None = None,
+        seed: int = 0,
     ):
         self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
         self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
@@ -94,10 +103,15 @@ class KNNMemory:
         self.space, self.dtype = checks.choice("space", space, SPACES), checks.choice("dtype", dtype, DTYPES)
         self.index = checks.choice("index", index, INDEXES)
         self.max_norm = None if max_norm is None else checks.positive("max_norm", max_norm)
+        self.target_recall, self.seed = checks.positive("target_recall", target_recall), checks.count("seed", seed, 0)
+        if self.target_recall > 1:
+            raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
         self._rows = [self._empty() for _ in range(self.rows)]
 
     def _empty(self) -> Row:
-        index = ExactIndex(self.heads, self.dim, self.space, np.dtype(RAW[self.dtype]))
+        index = make_index(
+            self.index, self.heads, self.dim, self.space, self.dtype, self.capacity, self.target_recall, self.seed
+        )
         return Row(self.heads, self.dim, self.value_dim, self.capacity, self.dtype, index)
 
     @property
@@ -274,6 +288,38 @@ class KNNMemory:
         output, lse = self._ungrouped(outputs, queries), self._ungrouped(lses, queries, computing_dtype(queries))
         return Reading(output, lse, Neighbours(scores, positions, tags=tags))
 
+    def recall(self, queries: Any, k: int = 32, rows: Sequence[int] | None = None) -> float:
+        """Share of the true k nearest, as exact search finds them, that `search` finds; 1 where nothing is stored.
+
+        Parameters
+        ----------
+        queries : array (rows, query_heads, q, dim)
+            As for `search`: measure with queries of the kind that will be asked, not with copies of keys.
+        k : int
+        rows : sequence of int, optional
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
+
+        Notes
+        -----
+        Cost of the search, and of an exact one.
+        """
+        shares = []
+        for row, grouped in self._grouped(queries, rows, k):
+            _, positions = row.search(grouped, k)
+            shares.append(overlap(positions, exact_positions(row, grouped, k, self.space)) if row.stored else 1.0)
+        return float(np.mean(shares))
+
+    def explain(self) -> str:
+        """Of every row: what is stored, how it is searched and why, and the bytes that takes."""
+        return "\n".join(
+            f"row {i}: {row.stored} of {self.capacity} tokens, {self.dtype}; {row.index.explain()}; "
+            f"{row.nbytes} bytes, {row.index.nbytes} of them for the index"
+            for i, row in enumerate(self._rows)
+        )
+
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows` (all by default), in O(1): their stores are dropped, and history restarts at 0.
 
@@ -304,7 +350,9 @@ class KNNMemory:
         arrays = {"written": self.written}
         for i, row in enumerate(self._rows):
             arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
-        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype", "index", "max_norm")
+            arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
+        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype")
+        names += ("index", "target_recall", "max_norm", "seed")
         return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
 
     @classmethod
@@ -327,6 +375,8 @@ class KNNMemory:
             for name, empty in row.arrays.items():
                 shape = (empty.shape[0], row.stored, *empty.shape[2:])
                 row.arrays[name] = required(arrays, f"rows.{i}.{name}", shape, empty.dtype)
+            learned = f"rows.{i}.index."
+            row.index.restore({n.removeprefix(learned): a for n, a in arrays.items() if n.startswith(learned)})
         return memory
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ STANDARD = {
     "BackendError": RuntimeError,
     "MissingPackageError": ImportError,
     "FileError": OSError,
+    "RecallError": RuntimeError,
 }
 
 

@@ -36,6 +36,8 @@ PUBLIC = [
     "NonFiniteError",
     "PerdureError",
     "Reading",
+    "RecallError",
+    "RecallWarning",
     "RecurrentMemory",
     "ShapeError",
     "Signal",

@@ -16,7 +16,7 @@ def definition(layer, x):
     w = {name: p.detach().numpy() for name, p in layer.named_parameters()}
     d, signal, outputs = layer.head_dim, None, []
     centers, widths = layer.basis.centers, layer.basis.widths
-    edges, histogram = np.linspace(0, 1, 129), np.zeros(128)
+    edges, histogram = np.linspace(0, 1, 129), None
     for first in range(0, len(x), SEGMENT):
         if first:
             new = x[first - SEGMENT : first]

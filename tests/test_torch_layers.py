@@ -5,7 +5,12 @@ import functools
 
 import pytest
 import torch
-from perdure.bindings.torch import ContinuousAttention, MemorizingAttention, TransformerXLAttention
+from perdure.bindings.torch import (
+    CompressiveAttention,
+    ContinuousAttention,
+    MemorizingAttention,
+    TransformerXLAttention,
+)
 from torch.utils.checkpoint import checkpoint
 from torch_layers import BUILD, DIM, HEADS, SEGMENT, build, run, tokens
 
@@ -279,5 +284,6 @@ def test_wrong_arguments_are_named(name):
 MISFIT = {  # layers whose memory does not fit the ones under test
     "memorizing": lambda: MemorizingAttention(DIM, HEADS, capacity=20, k=3, segment=SEGMENT + 1),
     "transformer-xl": lambda: TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=9),
+    "compressive": lambda: CompressiveAttention(DIM, HEADS, segment=SEGMENT, window=SEGMENT, compressed=7, rate=2),
     "continuous": lambda: ContinuousAttention(DIM, HEADS, segment=SEGMENT, basis=18, samples=12),
 }

@@ -1,7 +1,12 @@
 """The layers under test, small, in float64, and what the tests do with them."""
 
 import torch
-from perdure.bindings.torch import ContinuousAttention, MemorizingAttention, TransformerXLAttention
+from perdure.bindings.torch import (
+    CompressiveAttention,
+    ContinuousAttention,
+    MemorizingAttention,
+    TransformerXLAttention,
+)
 
 DIM, HEADS, SEGMENT = 12, 2, 6
 
@@ -17,6 +22,13 @@ BUILD = {
         DIM, HEADS, capacity=20, k=3, segment=SEGMENT, nothing="zeros", bias=True, dtype="float64"
     ),
     "transformer-xl": lambda: TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=8),
+    "compressive": lambda: CompressiveAttention(DIM, HEADS, segment=SEGMENT, window=SEGMENT, compressed=5, rate=2),
+    "compressive, used": lambda: CompressiveAttention(
+        DIM, HEADS, segment=SEGMENT, window=SEGMENT, compressed=4, rate=3, method="most_used"
+    ),
+    "compressive, dilated": lambda: CompressiveAttention(
+        DIM, HEADS, segment=SEGMENT, window=9, compressed=4, rate=3, method="dilated"
+    ),
     "continuous": lambda: ContinuousAttention(DIM, HEADS, segment=SEGMENT, basis=16, samples=12),
     "continuous, gated": lambda: ContinuousAttention(
         DIM, HEADS, segment=SEGMENT, window=3, basis=16, samples=12, sticky=False, density="sparsemax", gated=True

@@ -9,6 +9,7 @@ from ...backends.arrays import optional_import
 optional_import("torch", extra="torch")
 optional_import("array_api_compat.torch", extra="torch")  # now, because torch.compile traces no import later
 
+from .compressive import CompressiveAttention, CompressiveState  # noqa: E402
 from .continuous import ContinuousAttention, ContinuousState  # noqa: E402
 from .memorizing import KNNState, MemorizingAttention  # noqa: E402
 from .state import State  # noqa: E402
@@ -16,6 +17,8 @@ from .transformer import MemoryTransformer  # noqa: E402
 from .transformer_xl import RecurrentState, TransformerXLAttention  # noqa: E402
 
 __all__ = [
+    "CompressiveAttention",
+    "CompressiveState",
     "ContinuousAttention",
     "ContinuousState",
     "KNNState",

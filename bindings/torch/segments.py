@@ -69,7 +69,7 @@ class SegmentedAttention(nn.Module):
         -------
         output : tensor (rows, n, dim)
         memory : State
-            For the next call. The memory passed in still holds what it held; gradients do not reach past the call.
+            For the next call, in place of the one passed in; no gradient reaches past the call.
 
         Raises
         ------

@@ -16,7 +16,7 @@ from ...core import checks
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """The memory of one layer, for a batch of rows. A call returns the next state and leaves its own as it was.
+    """The memory of one layer, for a batch of rows. A call takes a state and returns the next.
 
     Attributes
     ----------

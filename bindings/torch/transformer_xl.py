@@ -110,36 +110,38 @@ class TransformerXLAttention(SegmentedAttention):
         tokens = numbers(memory.position, seen, n, present)
         successive = None if memory.ragged or present is not None else seen + n
         allowed = visible(tokens, n, self.segment, self.reach)
-        output = self._relative_attention(x, context, tokens, allowed, successive)
-        return output, {"hidden": slide(memory.hidden, x.detach(), present)}
+        queries, bias, keys, values = self._scored(x, context, tokens, successive)
+        attended = local_attention(queries, keys, values, allowed, 1.0, bias)
+        return self.output(self._joined(attended)), {"hidden": slide(memory.hidden, x.detach(), present)}
 
-    def _relative_attention(
-        self,
-        x: torch.Tensor,
-        context: torch.Tensor,
-        tokens: torch.Tensor,
-        allowed: torch.Tensor,
-        successive: int | None,
-    ) -> torch.Tensor:
-        """Attention of the newest columns x over `context` (rows, columns, dim), the columns being `tokens`.
+    def _scored(
+        self, x: torch.Tensor, context: torch.Tensor, tokens: torch.Tensor, successive: int | None
+    ) -> tuple[torch.Tensor, ...]:
+        """What attention of the newest columns x over `context` (rows, columns, dim), being `tokens`, is made of.
 
-        `successive`: the number of columns, when they are successive tokens in every row.
+        `successive`: the number of columns, when they are successive tokens in every row. Returns scaled queries
+        (rows, heads, n, d), the bias of their scores (rows, heads, n, columns), keys and values.
         """
         n, scale = x.shape[1], 1 / math.sqrt(self.head_dim)
         queries, keys, values = (
             self._heads(project(a)) for project, a in ((self.query, x), (self.key, context), (self.value, context))
         )
-        most = successive or self._furthest() + 1  # distances that occur
-        distances = torch.arange(most, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        embedded = self.relative(sinusoids(distances, self.dim).to(x.dtype))  # r: (most, heads x head_dim)
-        embedded = embedded.unflatten(-1, (self.heads, self.head_dim)).transpose(0, 1).to(queries.dtype)
-        content = queries + self.content_bias[:, None].to(queries.dtype)
-        position = queries + self.position_bias[:, None].to(queries.dtype)
+        queries = queries * scale
+        embedded = self._embedded(successive or self._furthest() + 1, x).to(queries.dtype)
+        content, position = (
+            queries + scale * bias[:, None].to(queries.dtype) for bias in (self.content_bias, self.position_bias)
+        )
         if successive:
             bias = shifted_scores(position, embedded)
         else:
             bias = relative_scores(position, embedded, tokens[:, -n:, None] - tokens[:, None, :])
-        return self.output(self._joined(local_attention(content, keys, values, allowed, scale, scale * bias)))
+        return content, bias, keys, values
+
+    def _embedded(self, most: int, x: torch.Tensor) -> torch.Tensor:
+        """r of the distances 0 ... most - 1, (heads, most, head_dim)."""
+        distances = torch.arange(most, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        embedded = self.relative(sinusoids(distances, self.dim).to(x.dtype))
+        return embedded.unflatten(-1, (self.heads, self.head_dim)).transpose(0, 1)
 
     def _furthest(self) -> int:
         """The largest distance at which a token is seen."""

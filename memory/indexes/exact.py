@@ -31,6 +31,16 @@ class ExactIndex:
         heads, dim = self.shape
         return type(self), (heads, dim, self.space, self.dtype)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Nothing: the keys say all."""
+        return {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Nothing to restore."""
+
+    def explain(self) -> str:
+        return "every key is scored"
+
     @property
     def nbytes(self) -> int:
         return 0 if self.kept is None else self.kept.nbytes

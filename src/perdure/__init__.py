@@ -35,15 +35,21 @@ _HOMES = {
         "MissingPackageError",
         "NonFiniteError",
         "PerdureError",
+        "RecallError",
+        "RecallWarning",
         "ShapeError",
     ],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
+_MODULES = {"plot": "perdure.bindings.plot"}
+
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name not in _HOME:
         raise AttributeError(f"module 'perdure' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)
