@@ -14,7 +14,9 @@ from ..core.attention import Reading, masked_softmax, merge
 from ..core.positions import centred
 from ..core.retrieval import Neighbours
 from .continuous import ContinuousMemory
+from .file import Savable
 from .knn import KNNMemory
+from .lock import ReadWriteLock, exclusive, shared
 from .rows import listed, token_array
 from .state import pack, required, unpack
 
@@ -23,7 +25,7 @@ FADING = 0.9  # what a write leaves of the attention noted before it
 PROTECTED = 0.5  # share of the newest tokens that "least_attended" never evicts: they have had no time to be read
 
 
-class HybridMemory:
+class HybridMemory(Savable):
     """A KNNMemory whose evicted tokens flow into a ContinuousMemory of their keys and values.
 
     Parameters
@@ -90,6 +92,7 @@ class HybridMemory:
     ):
         dtype = checks.choice("dtype", dtype, ("float32", "float16", "float64"))
         self.recent = KNNMemory(rows, heads, dim, capacity, value_dim=value_dim, dtype=dtype)
+        self._lock = ReadWriteLock()
         self.rows, self.heads, self.dim, self.value_dim = rows, heads, dim, self.recent.value_dim
         self.capacity, self.slots = capacity, checks.count("slots", slots)
         self.eviction = checks.choice("eviction", eviction, EVICTIONS)
@@ -112,6 +115,7 @@ class HybridMemory:
         """Bytes of both memories and of the attention noted."""
         return self.recent.nbytes + self.older.nbytes + self._looked.nbytes + sum(u.nbytes for u in self._used)
 
+    @exclusive
     def write(self, keys: Any, values: Any, rows: Sequence[int] | None = None, mask: Any = None) -> None:
         """Append a segment; what no longer fits leaves for the signal.
 
@@ -186,6 +190,7 @@ class HybridMemory:
         pairs = np.concatenate([keys, values], axis=2).astype(self.older.dtype)  # (heads, n, dim + value_dim)
         return np.moveaxis(pairs, 0, 1).reshape(keys.shape[1], -1)
 
+    @exclusive
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
         """Attention over the k nearest exact tokens and all places of the signal, in one softmax.
 
@@ -251,6 +256,7 @@ class HybridMemory:
             self._places[row] = pairs[..., : self.dim], pairs[..., self.dim :], logs
         return self._places[row]
 
+    @exclusive
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows`, or in all of them.
 
@@ -266,6 +272,7 @@ class HybridMemory:
             self._places.pop(row, None)
         self._looked[chosen], self.written[chosen] = 0, 0
 
+    @shared
     def state_dict(self) -> dict[str, np.ndarray]:
         """Both memories and the attention noted, as a flat dict of arrays; "config" holds the rest as JSON bytes."""
         names = ("rows", "heads", "dim", "capacity", "value_dim", "slots", "eviction")
