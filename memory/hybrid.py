@@ -44,8 +44,8 @@ class HybridMemory(Savable):
         Of the continuous part, for a write of `segment` tokens.
     segment : int
         Tokens for which `contraction` holds.
-    dtype : {"float32", "float16", "float64"}
-        What exact keys and values are stored as.
+    dtype : {"float32", "float16", "float64", "bfloat16", "int8"}
+        What exact keys and values are stored as; see KNNMemory.
     **settings
         `settings` are passed on to the ContinuousMemory: basis, ridge, sticky, samples, seed and so on.
 
@@ -138,8 +138,8 @@ class HybridMemory(Savable):
         checks.measurable(keys=keys, values=values)
         tokens = (len(chosen), int(keys.shape[2]))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
-        keys, values = (to_numpy(a).astype(self.recent.dtype, copy=False) for a in (keys, values))
-        checks.finite(keys=keys, values=values)
+        keys, values = to_numpy(keys), to_numpy(values)
+        self.recent._encoded(keys, values)  # what cannot be stored is refused before any row has changed
         for i, row in enumerate(chosen):
             self._write_row(row, keys[i][:, present[i]], values[i][:, present[i]])
 
@@ -157,13 +157,15 @@ class HybridMemory(Savable):
         order = np.arange(store.oldest, store.written) % store.capacity  # slots, the oldest first
         if self.eviction == "fifo" and leaving <= store.stored:
             gone = np.arange(leaving)
-            old_keys, old_values = (a[:, order[:leaving]] for a in (store.keys, store.values))
+            old_keys, old_values = (store.numbers(name, np.s_[:, order[:leaving]]) for name in ("keys", "values"))
             out = self._joined(old_keys, old_values)
             self.recent.write(keys[None], values[None], rows=[row], tags=positions[None])
         else:
-            pairs = ((store.keys, keys), (store.values, values))
-            all_keys, all_values = (np.concatenate([held[:, order], new], axis=1) for held, new in pairs)
-            tags = np.concatenate([store.tags[0, order] if store.stored else np.zeros(0, np.int64), positions])
+            pairs = (("keys", keys), ("values", values))
+            all_keys, all_values = (
+                np.concatenate([store.numbers(name, np.s_[:, order]), new], axis=1) for name, new in pairs
+            )
+            tags = np.concatenate([store.arrays["tags"][0, order] if store.stored else order, positions])
             gone = self._leaving(used, leaving)
             kept = np.delete(np.arange(used.size), gone)
             out = self._joined(all_keys[:, gone], all_values[:, gone])
@@ -217,7 +219,7 @@ class HybridMemory(Savable):
         scale = 1 / math.sqrt(self.dim) if scale is None else scale
         near = self.recent.read(queries, k, scale, rows)
         chosen, found = listed(rows, self.rows), near.neighbours
-        dtype = np.promote_types(self.recent.dtype, np.float32)
+        dtype = self.recent.computing
         asked = to_numpy(queries).astype(dtype).reshape(len(chosen), self.heads, -1, self.dim)  # (rows, heads, g q, d)
         near_lse = to_numpy(near.lse).reshape(asked.shape[:3])
         scores, positions = (to_numpy(a).reshape(*asked.shape[:3], -1) for a in (found.scores, found.positions))

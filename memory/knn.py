@@ -354,9 +354,10 @@ class KNNMemory(Savable):
         """
         chosen = [listed([row], self.rows)[0] for row in rows]
         checks.count("rows", len(chosen))
-        made = copy.copy(self)
+        made = type(self).__new__(type(self))
+        made.__dict__ |= {**self.__dict__, "rows": len(chosen), "_lock": ReadWriteLock()}
         with self._lock.reading:
-            made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
+            made._rows = [copy.deepcopy(self._rows[row]) for row in chosen]
         return made
 
     def state_dict(self) -> dict[str, np.ndarray]:

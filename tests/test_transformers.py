@@ -551,6 +551,45 @@ def test_draws_name_the_memory_that_a_token_used(ids):
     assert memory.trace is None
 
 
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) - 40 for letter in text]}
+
+    def decode(self, ids):
+        return "".join(chr(40 + i) for i in ids)
+
+
+def test_an_explanation_shows_the_text_that_was_drawn_on(model, tmp_path):
+    document, question = "ABCDEFGHIJKLMNOPQRSTUV<WX", "ABC</ABC"
+    memory = attach(model, tokenizer=Letters(), k=3, sinks=2, window=8)
+    with pytest.raises(perdure.ArgumentError, match="explain: expected a tokenizer and a trace, got no trace"):
+        memory.explain()
+    memory.read_document(document, progress=False)
+    with memory.tracing(keep=3), torch.no_grad():
+        model.generate(torch.tensor(Letters()(question)["input_ids"])[None], max_new_tokens=12, pad_token_id=1)
+    told = memory.explain(3, most=4)
+    (draws,) = told.draws.values()
+    assert 0 < len(draws) <= 4
+    read = document + Letters().decode(memory.last_trace.ids())
+    assert read.startswith(document + question)
+    for draw in draws:
+        assert f"«{read[draw.position]}»" in told.passage(draw)
+        assert 2 <= draw.position < len(document)
+    assert str(told).startswith("token 3, '<', drew on\n ")
+    everything = memory.explain()
+    last = everything.draws[max(everything.draws)]
+    assert max(d.position for d in last) < len(read) - 8  # what the cache let go of counts on from the document
+    assert any(d.position > len(document) for draws in everything.draws.values() for d in draws)
+    page = everything.save_html(tmp_path / "page.html").read_text("utf-8")
+    assert page.count("<script>") == page.count("</script>") == 1
+    assert "&lt;" in page
+    assert all(f'id="m{draw.position}"' in page for draw in draws)
+    with pytest.raises(perdure.FileError, match="path: expected a file to write"):
+        everything.save_html(tmp_path)
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 WRONG = {

@@ -29,6 +29,9 @@ class WindowLayer(DynamicLayer):
         What remembers those that leave; without one they are lost, as in a sliding window.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, window: int, tail: LayerMemory | None):
         super().__init__()
         self.window, self.tail = window, tail

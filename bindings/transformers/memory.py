@@ -12,8 +12,10 @@ import torch
 from transformers import DynamicCache
 
 from ...backends.errors import ArgumentError, ShapeError
+from ...core import checks
 from .cache import WindowLayer, bound
 from .document import Progress, read_in_windows, token_ids
+from .explain import Explanation
 from .layer import LayerMemory
 from .trace import Trace
 
@@ -44,13 +46,16 @@ class ModelMemory:
     ):
         self.model, self.tokenizer, self.layers, self.window = model, tokenizer, layers, window
         self.trace: Trace | None = None
+        self.last_trace: Trace | None = None
         self.restore: Any = None  # what detach needs
         self.staging = False
         self._shifting, self._bounded = positions != "constant", positions == "clamped"
         self._limit, self._frozen = limit, False
+        self._history: list[list[int]] = []  # ids of all that each row has read; -1 where it was given embeddings
         self._next: torch.Tensor | None = None  # (rows,), where the next token of each row stands
         self.positions: torch.Tensor | None = None  # (rows or 1, n), where the tokens at hand stand
         self._mask: torch.Tensor | None = None  # which of them are no padding, bool (rows, n)
+        self._ids: torch.Tensor | None = None  # which tokens they are, (rows, n)
         self._cache: Any = None  # the cache they came with
         self._deferred = False  # they have been read, and their backward pass is still to come
         self._shifts: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # of the tokens in each cache
@@ -75,12 +80,14 @@ class ModelMemory:
         """
         self._drop_staged()
         if rows is None:
-            self._next = None
+            self._next, self._history = None, []
         for layer in self.layers.values():
             layer.clear(rows)
         if rows is not None and self._next is not None:
             self._next = self._next.clone()
             self._next[list(rows)] = 0
+            for row in rows:
+                self._history[row] = []
 
     def read_document(self, text_or_ids: Any, progress: Progress = True, score: bool = False) -> Any:
         """Read a document of any length, window by window, remembering all that `capacity` allows.
@@ -130,7 +137,35 @@ class ModelMemory:
         try:
             yield self.trace
         finally:
-            self.trace = before
+            self.last_trace, self.trace = self.trace, before
+
+    def explain(self, token: int | None = None, row: int = 0, most: int = 5) -> Explanation:
+        """What predicting a token drew on, by the trace at hand or the last one; print it, or write it as a page.
+
+        Parameters
+        ----------
+        token : int, optional
+            Number of the token among those traced; all of them by default. The token before it predicted it.
+        row : int
+            Of what was traced, such as the first of several questions about one document.
+        most : int
+            Memories named for a token.
+
+        Raises
+        ------
+        ArgumentError
+            No tokenizer is attached, nothing was traced, or not that token.
+        """
+        trace = self.trace or self.last_trace
+        if self.tokenizer is None or trace is None or not trace.tokens:
+            expected, received = "a tokenizer and a trace", "no tokenizer" if self.tokenizer is None else "no trace"
+            remedy = "Pass attach(model, tokenizer=...), and call the model inside memory.tracing()."
+            raise ArgumentError("explain", expected, received, remedy)
+        chosen = range(1, trace.tokens) if token is None else [checks.count("token", token)]
+        draws = {t: trace.draws(t - 1, row)[: checks.count("most", most)] for t in chosen}
+        answer = trace.ids(row)
+        document = self._history[row * len(self._history) // max(trace.rows, 1)] if self._history else []
+        return Explanation([*document, *answer], answer, draws, self.tokenizer)
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
         """Called before a forward pass with its arguments; returns them with positions that continue the history."""
@@ -163,9 +198,9 @@ class ModelMemory:
             given["position_ids"] = positions = positions.clamp(max=self._limit - 1)
         if cache is not None:
             bound(cache, self.window, self.layers, self.model.config.num_hidden_layers)
-        self.positions, self._mask, self._cache = positions, mask, cache
+        self.positions, self._mask, self._cache, self._ids = positions, mask, cache, given.get("input_ids")
         if self.trace is not None:
-            self.trace.begin(n)
+            self.trace.begin(n, given.get("input_ids"))
         return given
 
     def tail(self, index: int) -> LayerMemory | None:
@@ -194,9 +229,19 @@ class ModelMemory:
             return
         for layer in self.layers.values():
             layer.write(self._mask, self.positions)
+        self._note()
         last = self.positions if self._mask is None else torch.where(self._mask, self.positions, -1)
         following = last.amax(dim=1).expand(len(self.tokens)) + 1
         self._next = following if self._next is None else torch.maximum(self._next, following)
+
+    def _note(self) -> None:
+        """Keep the ids of what has been written."""
+        rows, n = len(self.tokens), self.positions.shape[1]
+        ids = torch.full((rows, n), -1) if self._ids is None else self._ids.cpu()
+        there = torch.ones(rows, n, dtype=torch.bool) if self._mask is None else self._mask.cpu()
+        self._history = self._history or [[] for _ in range(rows)]
+        for row, history in enumerate(self._history):
+            history += ids[row][there[row]].tolist()
 
     def _drop_staged(self) -> None:
         for layer in self.layers.values():

@@ -79,7 +79,10 @@ def attention(
     if not memories:
         return own()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    readings = [r for memory in memories for r in memory.read(query, seam.angles, seam.memory.positions, scale)]
+    readings = []
+    for memory in memories:
+        before = 0 if memory is layer or layer.empty else layer.written  # what a cache remembers follows what was read
+        readings += memory.read(query, seam.angles, seam.memory.positions, scale, before)
     remembered = merge(*readings)
     bias = getattr(module, GATE, None)
     if bias is not None:
