@@ -59,3 +59,23 @@ class MissingPackageError(BackendError, ImportError):
 
 class FileError(PerdureError, OSError):
     """A file that cannot be read as what it should be."""
+
+
+class RecallError(PerdureError, RuntimeError):
+    """An approximate index that cannot give as many neighbours as were asked for and are stored."""
+
+
+class RecallWarning(UserWarning):
+    """An approximate index that finds fewer of the nearest than was asked for."""
+
+
+class StoreError(FileError):
+    """A durable store that cannot do what was asked now: held by another writer, out of space, or closed."""
+
+
+class QuotaError(PerdureError):
+    """A write that would exceed a quota; nothing of it has been kept."""
+
+
+class ForkError(PerdureError, RuntimeError):
+    """Something that does not survive a fork, used in the child."""

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..backends.errors import PerdureError
-from . import demo, info
+from . import demo, fit_command, info
 
-COMMANDS = (demo, info)  # each has add_parser(subparsers), which sets `run`, a function of the parsed arguments
+# each has add_parser(subparsers), which sets `run`, a function of the parsed arguments
+COMMANDS = (demo, fit_command, info)
 WRONG, INTERRUPTED = 2, 130
 
 

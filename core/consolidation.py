@@ -13,12 +13,12 @@ import numpy as np
 from ..backends.arrays import framework, namespace
 from ..backends.exchange import like as like_of
 from . import original as published
-from .basis import Basis
+from .basis import Basis, gaussians
 from .positions import after_contraction, centred
 from .ridge import CACHE, FitOperator, beside, fit_operator
 from .windows import Windows, multiply, on_cpu, windows
 
-SEEN = {4: 6.0, 8: 8.5}  # by itemsize: how many widths from its centre a basis function is still felt
+SEEN = {4: 5.5, 8: 8.5}  # by itemsize: how many widths from its centre a basis function is still felt
 SAMPLES_AT_ONCE = 64
 
 
@@ -74,9 +74,12 @@ class Scheme:
         return CACHE.get((operator.key, self.samples, "recurrence"), make, lambda made: made.nbytes)
 
 
-def apply(key: Any, matrix: np.ndarray, x: Any) -> Any:
-    """matrix @ x for the float64 operator known as `key`, in the dtype and on the device of x, over its windows."""
-    return multiply(beside(key, matrix, x), _windows_of(key, matrix, x), x)
+def apply(key: Any, matrix: np.ndarray, x: Any, addend: Any = None) -> Any:
+    """matrix @ x + addend for the float64 operator known as `key`, where x is and in its dtype, over its windows.
+
+    The addend is used up.
+    """
+    return multiply(beside(key, matrix, x), _windows_of(key, matrix, x), x, addend)
 
 
 def _windows_of(key: Any, matrix: np.ndarray, x: Any) -> Windows:
@@ -96,11 +99,10 @@ def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: np.ndarra
     `where` (..., M), ascending: positions of the old signal to keep; None for the uniform ones, all alike.
     """
     operator, M = scheme.later(contraction, x.shape[-2]), scheme.samples
+    new = apply((operator.key, "new", M), operator.matrix[:, M:], x)
     if where is None:
-        kept = apply((operator.key, M, "recurrence"), scheme.recurrence(operator), B)
-    else:
-        kept = apply((operator.key, "old", M), operator.matrix[:, :M], evaluate(scheme.basis, B, where))
-    return kept + apply((operator.key, "new", M), operator.matrix[:, M:], x)
+        return apply((operator.key, M, "recurrence"), scheme.recurrence(operator), B, new)
+    return apply((operator.key, "old", M), operator.matrix[:, :M], evaluate(scheme.basis, B, where), new)
 
 
 def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: np.ndarray, counts: np.ndarray) -> Any:
@@ -120,27 +122,35 @@ def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: 
 
 
 def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
-    """The signal B (..., N, e) at ascending positions `where` (..., T): (..., T, e), near functions only."""
-    centers = basis.centers
-    if basis.kind != "gaussian" or not on_cpu(B) or len(basis) <= 2 * SAMPLES_AT_ONCE or (np.diff(centers) < 0).any():
+    """The signal B (..., N, e) at ascending positions `where` (..., T): (..., T, e).
+
+    On the CPU only the functions near each run of positions are made and multiplied.
+    """
+    if not _narrow(basis) or not on_cpu(B):
         return basis(like_of(where, B)) @ B
-    seen = SEEN[4 if "32" in str(B.dtype) else 8] * basis.widths.max()
-    xp, at = namespace(B), like_of(where, B)
-    rows = [_evaluate_row(basis, B[i], where[i], at[i], seen) for i in np.ndindex(*where.shape[:-1])]
-    made = xp.stack(rows) if len(rows) != 1 else rows[0][None]
-    return xp.reshape(made, (*where.shape, B.shape[-1]))
+    reach = SEEN[4 if "32" in str(B.dtype) else 8] * basis.widths.max()
+    at, runs = like_of(where, B), range(0, where.shape[-1], SAMPLES_AT_ONCE)
+    centers, widths = basis.beside(B)
+    out = np.empty((*where.shape, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
+    rows = []
+    for row in np.ndindex(*where.shape[:-1]):
+        parts = []
+        for first in runs:
+            some = slice(first, first + SAMPLES_AT_ONCE)
+            t = where[row][some]
+            near = slice(*np.searchsorted(basis.centers, [t[0] - reach, t[-1] + reach]))
+            psi = gaussians(at[row][some], centers[near], widths[near])
+            if out is None:
+                parts.append(psi @ B[row][near, ...])
+            else:
+                np.matmul(psi, B[row][near], out=out[row][some])
+        rows.append(parts)
+    if out is not None:
+        return out
+    xp = namespace(B)
+    return xp.reshape(xp.concat([part for parts in rows for part in parts], axis=0), (*where.shape, B.shape[-1]))
 
 
-def _evaluate_row(basis: Basis, B: Any, where: np.ndarray, at: Any, seen: float) -> Any:
-    """One row of the same: B (N, e), where (T,) -> (T, e)."""
-    parts = []
-    out = np.empty((where.size, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
-    for first in range(0, where.size, SAMPLES_AT_ONCE):
-        t = where[first : first + SAMPLES_AT_ONCE]
-        near = slice(*np.searchsorted(basis.centers, [t[0] - seen, t[-1] + seen]))
-        psi = Basis(basis.centers[near], basis.widths[near])(at[first : first + SAMPLES_AT_ONCE])
-        if out is None:
-            parts.append(psi @ B[near])
-        else:
-            np.matmul(psi, B[near], out=out[first : first + SAMPLES_AT_ONCE])
-    return namespace(B).concat(parts, axis=0) if out is None else out
+def _narrow(basis: Basis) -> bool:
+    """Whether looking only at the functions near a position saves anything."""
+    return basis.kind == "gaussian" and len(basis) > 2 * SAMPLES_AT_ONCE and not (np.diff(basis.centers) < 0).any()

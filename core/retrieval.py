@@ -125,6 +125,7 @@ def similarity(queries: Any, keys: Any, space: str) -> Any:
     return cast(-xp.where(distances > 0, distances, xp.zeros_like(distances)), computing)
 
 
+@kernel
 def unit(vectors: Any) -> Any:
     """`vectors` at norm 1 along the last axis; zero vectors stay zero, with zero gradient.
 

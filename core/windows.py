@@ -12,7 +12,7 @@ import numpy as np
 from ..backends.arrays import framework, namespace
 
 TILE = 64  # rows of one product: large enough for the matrix product to run at full speed
-LEFT_OUT = {4: 1e-7, 8: 1e-15}  # by itemsize: sum of |entries| left out of a row, over the largest such sum of a row
+LEFT_OUT = {4: 1e-6, 8: 1e-15}  # by itemsize: sum of |entries| left out of a row, over the largest such sum of a row
 
 Windows = tuple[tuple[int, int, int, int], ...]
 
@@ -35,16 +35,22 @@ def windows(matrix: np.ndarray, itemsize: int) -> Windows:
     return tuple(tiles)
 
 
-def multiply(matrix: Any, tiles: Windows, x: Any) -> Any:
-    """matrix @ x over the windows: (N, L), (..., L, e) -> (..., N, e)."""
+def multiply(matrix: Any, tiles: Windows, x: Any, addend: Any = None) -> Any:
+    """matrix @ x + addend over the windows: (N, L), (..., L, e) -> (..., N, e). NumPy's addend becomes the result."""
     if len(tiles) == 1 or not on_cpu(x):
-        return matrix @ x
-    if framework(x) == "numpy":
-        out = np.empty((*x.shape[:-2], matrix.shape[0], x.shape[-1]), x.dtype)
+        made = matrix @ x
+        return made if addend is None else made + addend
+    if framework(x) != "numpy":
+        made = namespace(x).concat([matrix[a:b, c:d] @ x[..., c:d, :] for a, b, c, d in tiles], axis=-2)
+        return made if addend is None else made + addend
+    if addend is not None:
         for a, b, c, d in tiles:
-            np.matmul(matrix[a:b, c:d], x[..., c:d, :], out=out[..., a:b, :])
-        return out
-    return namespace(x).concat([matrix[a:b, c:d] @ x[..., c:d, :] for a, b, c, d in tiles], axis=-2)
+            addend[..., a:b, :] += np.matmul(matrix[a:b, c:d], x[..., c:d, :])
+        return addend
+    out = np.empty((*x.shape[:-2], matrix.shape[0], x.shape[-1]), x.dtype)
+    for a, b, c, d in tiles:
+        np.matmul(matrix[a:b, c:d], x[..., c:d, :], out=out[..., a:b, :])
+    return out
 
 
 def on_cpu(x: Any) -> bool:

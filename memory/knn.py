@@ -15,16 +15,19 @@ from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
-from .indexes.exact import ExactIndex
+from .file import Savable
+from .indexes import make_index
+from .indexes.audit import exact_positions, overlap
+from .lock import ReadWriteLock
 from .row import Row
 from .rows import listed, token_array
 from .state import pack, required, unpack
-from .storage import DTYPES, RAW, computing, decode, encode
+from .storage import DTYPES, computing, decode, encode
 
-INDEXES = ("exact",)
+INDEXES = ("exact", "ivf", "hnsw", "auto")
 
 
-class KNNMemory:
+class KNNMemory(Savable):
     """Bounded memory of (key, value) pairs per row and head, read by attention over the k nearest keys.
 
     Parameters
@@ -42,11 +45,17 @@ class KNNMemory:
     dtype : {"float32", "float16", "bfloat16", "int8", "float64"}
         What keys and values are stored as; int8 has a scale a vector. Computed with, queries included, is float32, or
         float64 where that is stored. No originals are kept beside: search is exact for the keys as stored.
-    index : {"exact"}
-        How the nearest are found.
+    index : {"exact", "ivf", "hnsw", "auto"}
+        How the nearest are found: all keys scored; inverted lists that follow the stream; graphs over its older part
+        (needs hnswlib); or whichever of these its use so far makes cheapest. See `explain`.
+    target_recall : float
+        Share of the true neighbours that approximate indexes are tuned to find, as audits on the memory's own queries
+        measure it. A RecallWarning says once that it is out of reach.
     max_norm : float, optional
         Longer keys are shortened to this norm when written. Under "ip" one key of a large norm can draw most of the
         attention of every query; this bounds what it can draw.
+    seed : int
+        Of the random choices of approximate indexes.
 
     Raises
     ------
@@ -86,7 +95,9 @@ class KNNMemory:
         space: str = "ip",
         dtype: str = "float32",
         index: str = "exact",
+        target_recall: float = 0.95,
         max_norm: float | None = None,
+        seed: int = 0,
     ):
         self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
         self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
@@ -94,10 +105,16 @@ class KNNMemory:
         self.space, self.dtype = checks.choice("space", space, SPACES), checks.choice("dtype", dtype, DTYPES)
         self.index = checks.choice("index", index, INDEXES)
         self.max_norm = None if max_norm is None else checks.positive("max_norm", max_norm)
+        self.target_recall, self.seed = checks.positive("target_recall", target_recall), checks.count("seed", seed, 0)
+        if self.target_recall > 1:
+            raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
         self._rows = [self._empty() for _ in range(self.rows)]
+        self._lock = ReadWriteLock()
 
     def _empty(self) -> Row:
-        index = ExactIndex(self.heads, self.dim, self.space, np.dtype(RAW[self.dtype]))
+        index = make_index(
+            self.index, self.heads, self.dim, self.space, self.dtype, self.capacity, self.target_recall, self.seed
+        )
         return Row(self.heads, self.dim, self.value_dim, self.capacity, self.dtype, index)
 
     @property
@@ -156,12 +173,13 @@ class KNNMemory:
         if tags is not None:
             tags = np.full(tokens, tags) if isinstance(tags, int) else tags
             tags = token_array("tags", tags, tokens, "integral").astype(np.int64)
-        for i, row in enumerate(chosen):
-            self._rows[row].reserve(int(present[i].sum()), tags is not None)
-        for i, row in enumerate(chosen):
-            kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
-            own = {name: part[i][:, kept] for name, part in parts.items()}
-            self._rows[row].write(own, None if tags is None else tags[i][kept])
+        with self._lock.writing:
+            for i, row in enumerate(chosen):
+                self._rows[row].reserve(int(present[i].sum()), tags is not None)
+            for i, row in enumerate(chosen):
+                kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
+                own = {name: part[i][:, kept] for name, part in parts.items()}
+                self._rows[row].write(own, None if tags is None else tags[i][kept])
 
     def _encoded(self, keys: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Keys and values as they are stored, checked before, and where the dtype may overflow, after."""
@@ -199,10 +217,12 @@ class KNNMemory:
         ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
         """
         found = []
-        for row, grouped in self._grouped(queries, rows, k):
-            scores, positions = row.search(grouped, k)
-            taken = row.gather(positions)
-            found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading:
+            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
+                scores, positions = row.search(numbers, k)
+                taken = row.gather(positions)
+                found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
 
     def at(self, positions: Any) -> Neighbours:
@@ -225,19 +245,20 @@ class KNNMemory:
             A position that is not held, among others.
         """
         positions = token_array("positions", positions, (self.rows, positions.shape[-1]), "integral")
-        oldest = (self.written - self.tokens)[:, None]
-        if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
-            expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
-            raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
-        taken = [
-            row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
-            for row, where in zip(self._rows, positions, strict=True)
-        ]
-        keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
-        tagged = any(entries["tags"] is not None for entries in taken)
-        tags = np.full(positions.shape, -1, np.int64)
-        for i, entries in enumerate(taken):
-            tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
+        with self._lock.reading:
+            oldest = (self.written - self.tokens)[:, None]
+            if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
+                expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
+                raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
+            taken = [
+                row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
+                for row, where in zip(self._rows, positions, strict=True)
+            ]
+            keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
+            tagged = any(entries["tags"] is not None for entries in taken)
+            tags = np.full(positions.shape, -1, np.int64)
+            for i, entries in enumerate(taken):
+                tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
         return Neighbours(None, positions, keys, values, tags if tagged else None)
 
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
@@ -265,14 +286,50 @@ class KNNMemory:
         """
         scale = 1 / math.sqrt(self.dim) if scale is None else scale
         found = []
-        for row, grouped in self._grouped(queries, rows, k):
-            scores, positions = row.search(grouped, k)
-            output, lse = row.attend(grouped, positions, scale)
-            found.append((output, lse, scores, positions, row.tags_at(positions)))
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading:
+            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
+                scores, positions = row.search(numbers, k)
+                output, lse = row.attend(numbers, positions, scale)
+                found.append((output, lse, scores, positions, row.tags_at(positions)))
         outputs, lses, *rest = zip(*found, strict=True)
         scores, positions, tags = (self._ungrouped(parts, queries) for parts in rest)
         output, lse = self._ungrouped(outputs, queries), self._ungrouped(lses, queries, computing_dtype(queries))
         return Reading(output, lse, Neighbours(scores, positions, tags=tags))
+
+    def recall(self, queries: Any, k: int = 32, rows: Sequence[int] | None = None) -> float:
+        """Share of the true k nearest, as exact search finds them, that `search` finds; 1 where nothing is stored.
+
+        Parameters
+        ----------
+        queries : array (rows, query_heads, q, dim)
+            As for `search`: measure with queries of the kind that will be asked, not with copies of keys.
+        k : int
+        rows : sequence of int, optional
+
+        Raises
+        ------
+        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
+
+        Notes
+        -----
+        Cost of the search, and of an exact one.
+        """
+        shares = []
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading:
+            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
+                _, positions = row.search(numbers, k)
+                shares.append(overlap(positions, exact_positions(row, numbers, k, self.space)) if row.stored else 1.0)
+        return float(np.mean(shares))
+
+    def explain(self) -> str:
+        """Of every row: what is stored, how it is searched and why, and the bytes that takes."""
+        return "\n".join(
+            f"row {i}: {row.stored} of {self.capacity} tokens, {self.dtype}; {row.index.explain()}; "
+            f"{row.nbytes} bytes, {row.index.nbytes} of them for the index"
+            for i, row in enumerate(self._rows)
+        )
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows` (all by default), in O(1): their stores are dropped, and history restarts at 0.
@@ -282,8 +339,10 @@ class KNNMemory:
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        for row in listed(rows, self.rows):
-            self._rows[row] = self._empty()
+        chosen = listed(rows, self.rows)
+        with self._lock.writing:
+            for row in chosen:
+                self._rows[row] = self._empty()
 
     def select(self, rows: Sequence[int]) -> Self:
         """A memory of its own with copies of `rows`, in this order; a row may come more than once (beam search).
@@ -296,16 +355,20 @@ class KNNMemory:
         chosen = [listed([row], self.rows)[0] for row in rows]
         checks.count("rows", len(chosen))
         made = type(self).__new__(type(self))
-        made.__dict__ |= self.__dict__
-        made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
+        made.__dict__ |= {**self.__dict__, "rows": len(chosen), "_lock": ReadWriteLock()}
+        with self._lock.reading:
+            made._rows = [copy.deepcopy(self._rows[row]) for row in chosen]
         return made
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
-        arrays = {"written": self.written}
-        for i, row in enumerate(self._rows):
-            arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
-        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype", "index", "max_norm")
+        with self._lock.reading:
+            arrays = {"written": self.written}
+            for i, row in enumerate(self._rows):
+                arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
+                arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
+        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype")
+        names += ("index", "target_recall", "max_norm", "seed")
         return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
 
     @classmethod
@@ -328,14 +391,16 @@ class KNNMemory:
             for name, empty in row.arrays.items():
                 shape = (empty.shape[0], row.stored, *empty.shape[2:])
                 row.arrays[name] = required(arrays, f"rows.{i}.{name}", shape, empty.dtype)
+            learned = f"rows.{i}.index."
+            row.index.restore({n.removeprefix(learned): a for n, a in arrays.items() if n.startswith(learned)})
         return memory
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
         return type(self).from_state_dict, (self.state_dict(),)
 
-    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> list[tuple[Row, np.ndarray]]:
-        """Every chosen row with its queries (heads, group x q, dim), validated."""
+    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> tuple[list[int], np.ndarray]:
+        """The chosen rows, and their queries (rows, heads, group x q, dim), validated."""
         chosen = listed(rows, self.rows)
         if not chosen:
             raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
@@ -351,8 +416,7 @@ class KNNMemory:
             )
         numbers = cast_silently(to_numpy(queries), self.computing)
         checks.measurable(queries=numbers)
-        grouped = numbers.reshape(len(chosen), self.heads, -1, self.dim)
-        return [(self._rows[row], grouped[i]) for i, row in enumerate(chosen)]
+        return chosen, numbers.reshape(len(chosen), self.heads, -1, self.dim)
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
         """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""

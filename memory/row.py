@@ -51,6 +51,21 @@ class Row:
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays.values()) + self.index.nbytes
 
+    @property
+    def keys(self) -> np.ndarray:
+        """Of every slot, as computed with."""
+        return self.numbers("keys", ...)
+
+    @property
+    def values(self) -> np.ndarray:
+        """Of every slot, as computed with."""
+        return self.numbers("values", ...)
+
+    @property
+    def tags(self) -> np.ndarray | None:
+        """Of every slot, (1, slots); None where no tags are kept."""
+        return self.arrays.get("tags")
+
     def part(self, name: str, where: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """The keys or values at `where` (an index of (heads, slots)), as stored, and their scales if they have any."""
         scales = self.arrays.get(f"{name}_scales")

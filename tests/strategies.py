@@ -76,6 +76,11 @@ def args_retrieve(draw):
 
 
 @st.composite
+def args_unit(draw):
+    return (draw(values((*draw(LEADS), draw(QUERIES), draw(WIDTHS)))),)
+
+
+@st.composite
 def args_attention(draw):
     lead, q, d, dv = draw(LEADS), draw(QUERIES), draw(WIDTHS), draw(WIDTHS)
     n, k = draw(SIZES.filter(bool)), draw(st.integers(1, 9))

@@ -22,6 +22,10 @@ STANDARD = {
     "BackendError": RuntimeError,
     "MissingPackageError": ImportError,
     "FileError": OSError,
+    "RecallError": RuntimeError,
+    "StoreError": OSError,
+    "QuotaError": Exception,
+    "ForkError": RuntimeError,
 }
 
 

@@ -303,3 +303,26 @@ def test_an_altered_state_is_refused(data):
         state[name] = state[name][:-1] if damage == "cut" else state[name].astype(np.complex64)
     with pytest.raises(perdure.PerdureError):
         perdure.KNNMemory.from_state_dict(state)
+
+
+@given(data=st.data())
+def test_tokens_are_given_back_by_their_positions(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    n, capacity = data.draw(st.integers(0, 20)), data.draw(st.sampled_from((1, 4, 7, 40)))
+    memory = make(capacity=capacity)
+    keys, values = segment(rng, n=n)
+    memory.write(keys, values, tags=np.arange(2 * n).reshape(2, n))
+    held = np.arange(max(n - capacity, 0), n)
+    asked = np.stack([held[::-1], np.where(held % 2, held, -1)])
+    found = memory.at(asked)
+    there = (asked >= 0)[:, None, :, None]
+    slots = np.where(asked >= 0, asked, 0)[:, None, :, None]
+    if held.size:
+        np.testing.assert_allclose(found.keys, np.where(there, np.take_along_axis(keys, slots, axis=2), 0), rtol=1e-6)
+        np.testing.assert_allclose(
+            found.values, np.where(there, np.take_along_axis(values, slots, axis=2), 0), rtol=1e-6
+        )
+        assert (found.tags == np.where(asked >= 0, asked + np.array([[0], [n]]), -1)).all()
+    for wrong in (n, held[0] - 1 if held.size and held[0] else n + 5, -2):
+        with pytest.raises(perdure.ArgumentError, match="positions"):
+            memory.at(np.full((2, 1), wrong))

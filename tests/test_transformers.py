@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import numpy as np
@@ -403,6 +404,8 @@ def test_a_forward_pass_that_fails_changes_nothing(model, ids):
     last = model.base_model.norm if hasattr(model.base_model, "norm") else model.base_model.ln_f
     with last.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="out of memory"):
         logits(model, ids)
+    with memory.frozen():
+        logits(model, ids)
     after = stored(memory)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -427,15 +430,99 @@ def test_a_cache_is_read_beside_memory_and_not_written(model, ids):
     assert memory.tokens.tolist() == [20, 20]
 
 
-def test_generation_continues_what_was_remembered(model, ids):
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 40:]
-    memory = attach(model, k=64)
-    memory.read_document(ids[:, :30], progress=False)
-    settings["attention_mask"] = torch.ones_like(ids[:, 30:])
-    assert torch.equal(model.generate(ids[:, 30:], **settings)[:, 10:], expected)
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "top_k": 10},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+
+
+def generated(model, ids, **settings):
+    """15 more tokens."""
+    torch.manual_seed(3)
+    settings = {
+        "max_new_tokens": 15,
+        "min_new_tokens": 15,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(ids),
+        **settings,
+    }
+    return model.generate(ids, **settings)[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize(("way", "sinks"), [("greedy", 4), *((way, 0) for way in WAYS)])
+def test_generation_in_a_window_with_memory_is_generation_in_full(model, ids, way, sinks):
+    ids = ids[:1] if way == "lookup" else ids
+    expected = generated(model, ids, **WAYS[way])
+    memory = attach(model, k=100, window=8, sinks=sinks, positions="true")
+    assert torch.equal(generated(model, ids, **WAYS[way]), expected)
+    assert memory.tokens.tolist() == []
+    memory.read_document(ids[:, :25], progress=False)
+    for _ in range(2 if way == "greedy" else 1):  # asking changes nothing, so it can be asked again
+        assert torch.equal(generated(model, ids[:, 25:], **WAYS[way]), expected)
+    assert memory.tokens.tolist() == [25] * len(ids)
+
+
+def test_many_questions_can_be_asked_about_one_document(model, ids):
+    questions = ids[:, 25:]
+    alone = []
+    for row in range(2):
+        memory = attach(model, k=5, window=8)
+        memory.read_document(ids[:1, :25], progress=False)
+        alone.append(generated(model, questions[row : row + 1], do_sample=False))
+        detach(model)
+    memory = attach(model, k=5, window=8)
+    memory.read_document(ids[:1, :25], progress=False)
+    assert torch.equal(generated(model, questions, do_sample=False), torch.cat(alone))
+    with memory.frozen():
+        assert logits(model, questions).shape[0] == 2
+    with pytest.raises(perdure.ShapeError, match="input_ids: expected 1 rows, as the memory has, got 2"):
+        logits(model, questions)
+
+
+def test_padded_prompts_generate_as_unpadded_ones_do(model, ids):
+    short = ids[1:, 9:]
+    expected = [generated(model, ids[:1], do_sample=False), generated(model, short, do_sample=False)]
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[1, :9], mask[1, :9] = 0, 0
+    attach(model, k=100, window=8, positions="true")
+    assert torch.equal(generated(model, padded, do_sample=False, attention_mask=mask), torch.cat(expected))
+
+
+def test_a_cache_stays_as_small_as_the_window(model, ids):
+    attach(model, window=16, layers=[0, 2], k=100, sinks=0)
+    cache, lengths = None, []
+    for step in range(ids.shape[1]):
+        cache = model(ids[:, step : step + 1], past_key_values=cache, use_cache=True).past_key_values
+        lengths.append({layer.keys.shape[2] for layer in cache.layers})
+    assert cache.get_seq_length() == 40
+    assert all(len(length) == 1 for length in lengths)
+    assert max(length.pop() for length in lengths) == 18  # an eighth more than the window
+    assert [layer.tail is None for layer in cache.layers] == [False, True, False]
+    assert cache.layers[0].tail.tokens.tolist() == [40 - cache.layers[0].keys.shape[2]] * 2
+
+
+@torch.no_grad()
+def test_a_cropped_cache_forgets_the_newest(ids):
+    model = llama()
+    attach(model, window=16, k=100, sinks=0)
+    cache = model(ids[:, :30], use_cache=True).past_key_values
+    expected = logits(model, ids[:, 30:], past_key_values=copy.deepcopy(cache), use_cache=True)
+    model(ids[:, :5], past_key_values=cache)
+    cache.crop(-5)
+    torch.testing.assert_close(logits(model, ids[:, 30:], past_key_values=cache, use_cache=True), expected, **EXACT)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(
+        logits(model, ids, past_key_values=cache, use_cache=True), logits(model, ids, use_cache=True), **EXACT
+    )
+
+
+def test_a_static_cache_is_refused(model, ids):
+    attach(model)
     with pytest.raises(perdure.ArgumentError, match="past_key_values: expected a dynamic cache"):
-        model.generate(ids[:, 30:], cache_implementation="static", **settings)
+        generated(model, ids, cache_implementation="static")
 
 
 def test_half_precision_models_remember(ids):
@@ -462,6 +549,45 @@ def test_draws_name_the_memory_that_a_token_used(ids):
     with pytest.raises(perdure.ArgumentError, match="token: expected a number below 20"):
         trace.draws(20)
     assert memory.trace is None
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) - 40 for letter in text]}
+
+    def decode(self, ids):
+        return "".join(chr(40 + i) for i in ids)
+
+
+def test_an_explanation_shows_the_text_that_was_drawn_on(model, tmp_path):
+    document, question = "ABCDEFGHIJKLMNOPQRSTUV<WX", "ABC</ABC"
+    memory = attach(model, tokenizer=Letters(), k=3, sinks=2, window=8)
+    with pytest.raises(perdure.ArgumentError, match="explain: expected a tokenizer and a trace, got no trace"):
+        memory.explain()
+    memory.read_document(document, progress=False)
+    with memory.tracing(keep=3), torch.no_grad():
+        model.generate(torch.tensor(Letters()(question)["input_ids"])[None], max_new_tokens=12, pad_token_id=1)
+    told = memory.explain(3, most=4)
+    (draws,) = told.draws.values()
+    assert 0 < len(draws) <= 4
+    read = document + Letters().decode(memory.last_trace.ids())
+    assert read.startswith(document + question)
+    for draw in draws:
+        assert f"«{read[draw.position]}»" in told.passage(draw)
+        assert 2 <= draw.position < len(document)
+    assert str(told).startswith("token 3, '<', drew on\n ")
+    everything = memory.explain()
+    last = everything.draws[max(everything.draws)]
+    assert max(d.position for d in last) < len(read) - 8  # what the cache let go of counts on from the document
+    assert any(d.position > len(document) for draws in everything.draws.values() for d in draws)
+    page = everything.save_html(tmp_path / "page.html").read_text("utf-8")
+    assert page.count("<script>") == page.count("</script>") == 1
+    assert "&lt;" in page
+    assert all(f'id="m{draw.position}"' in page for draw in draws)
+    with pytest.raises(perdure.FileError, match="path: expected a file to write"):
+        everything.save_html(tmp_path)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

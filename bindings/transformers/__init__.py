@@ -15,7 +15,8 @@ for _package in ("torch", "transformers"):
     optional_import(_package, extra="transformers")
 
 from .attach import attach, detach  # noqa: E402
+from .explain import Explanation  # noqa: E402
 from .memory import ModelMemory  # noqa: E402
 from .trace import Trace  # noqa: E402
 
-__all__ = ["ModelMemory", "Trace", "attach", "detach"]
+__all__ = ["Explanation", "ModelMemory", "Trace", "attach", "detach"]

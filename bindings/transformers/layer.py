@@ -69,18 +69,33 @@ class LayerMemory:
         held = [store.tokens for store in self.stores.values()]
         return np.sum(held, axis=0) if held else np.zeros(0, np.int64)
 
-    def read(self, query: torch.Tensor, angles: Angles | None, positions: torch.Tensor, scale: float) -> list[Reading]:
+    @property
+    def written(self) -> np.ndarray:
+        """Tokens in each row's whole history, int64 (rows,)."""
+        first = self.stores["first"].tokens if "first" in self.stores else 0
+        return first + self.stores["near" if "near" in self.stores else "far"].written
+
+    def read(
+        self,
+        query: torch.Tensor,
+        angles: Angles | None,
+        positions: torch.Tensor,
+        scale: float,
+        before: int | np.ndarray = 0,
+    ) -> list[Reading]:
         """Attention over the nearest memories of `query` (rows, query_heads, q, dim), rotated by `angles`.
 
         A reading for each store; `neighbours` tell positions in everything the row has read, but for the first tokens,
-        which every query reads.
+        which every query reads. There may be several times as many rows as are remembered: each row of memory then
+        serves that many, which follow one another. `before`, one number or (rows,), is added to their positions.
         """
         readings = []
         for name, store in self.stores.items():
             k = self.capacities[name] if name == "first" else self.k
             reading = read_memory(store, self._seen_from(name, query, angles, positions), k, scale)
             found = reading.neighbours.positions
-            later = torch.where(found >= 0, found + self.capacities["first"], -1)
+            shift = np.repeat(before, len(found) // np.size(before)) + self.capacities["first"]
+            later = torch.where(found >= 0, found + torch.from_numpy(shift).to(found.device)[:, None, None, None], -1)
             neighbours = None if name == "first" else replace(reading.neighbours, positions=later)
             readings.append(replace(reading, neighbours=neighbours))
         return readings
@@ -114,6 +129,17 @@ class LayerMemory:
         if "far" in self.stores:
             self._hand_on(key, value, angles, present)
         self.stores["near"].write(key, value, mask=present, tags=tags)
+
+    def successor(self) -> LayerMemory:
+        """An empty memory for what follows; it keeps first tokens only where nothing came before."""
+        sinks = self.capacities["first"] if self.empty else 0
+        capacities = {name: self.capacities[name] for name in ("near", "far")}
+        sizes = {**capacities, "distance": self.distance, "sinks": sinks, "k": self.k}
+        return LayerMemory(self.index, self.rotary, **sizes, settings=self.settings)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes a copy of what row `rows[i]` was."""
+        self.stores = {name: store.select(rows) for name, store in self.stores.items()}
 
     def clear(self, rows: Sequence[int] | None) -> None:
         """Forget `rows`; None is all, and any number of rows may come next."""

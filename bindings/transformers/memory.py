@@ -12,7 +12,10 @@ import torch
 from transformers import DynamicCache
 
 from ...backends.errors import ArgumentError, ShapeError
+from ...core import checks
+from .cache import WindowLayer, bound
 from .document import Progress, read_in_windows, token_ids
+from .explain import Explanation
 from .layer import LayerMemory
 from .trace import Trace
 
@@ -21,14 +24,14 @@ class ModelMemory:
     """The memory of a model, as `attach` returns it.
 
     A segment is what one forward pass is given without a key-value cache. It is read against what was written before,
-    and written when the whole model has read it. Tokens in a cache (`use_cache=True`, `generate`) are read by the
-    model's own attention already, so memory only serves them and stores none of them.
+    and written when the whole model has read it. With a cache (`use_cache=True`, `generate`) the newest `window` tokens
+    stay there, and what leaves it is remembered by the cache: the memory here is only read meanwhile.
 
     Attributes
     ----------
     layers : dict of int to LayerMemory
     window : int
-        Tokens `read_document` gives the model at once.
+        Tokens `read_document` gives the model at once, and tokens that a cache keeps.
     """
 
     def __init__(
@@ -43,12 +46,18 @@ class ModelMemory:
     ):
         self.model, self.tokenizer, self.layers, self.window = model, tokenizer, layers, window
         self.trace: Trace | None = None
+        self.last_trace: Trace | None = None
         self.restore: Any = None  # what detach needs
         self.staging = False
         self._shifting, self._bounded = positions != "constant", positions == "clamped"
         self._limit, self._frozen = limit, False
+        self._history: list[list[int]] = []  # ids of all that each row has read; -1 where it was given embeddings
         self._next: torch.Tensor | None = None  # (rows,), where the next token of each row stands
-        self._segment: tuple[torch.Tensor, torch.Tensor | None] | None = None  # `_next` after it, and its mask
+        self.positions: torch.Tensor | None = None  # (rows or 1, n), where the tokens at hand stand
+        self._mask: torch.Tensor | None = None  # which of them are no padding, bool (rows, n)
+        self._ids: torch.Tensor | None = None  # which tokens they are, (rows, n)
+        self._cache: Any = None  # the cache they came with
+        self._deferred = False  # they have been read, and their backward pass is still to come
         self._shifts: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # of the tokens in each cache
 
     @property
@@ -71,12 +80,14 @@ class ModelMemory:
         """
         self._drop_staged()
         if rows is None:
-            self._next = None
+            self._next, self._history = None, []
         for layer in self.layers.values():
             layer.clear(rows)
         if rows is not None and self._next is not None:
             self._next = self._next.clone()
             self._next[list(rows)] = 0
+            for row in rows:
+                self._history[row] = []
 
     def read_document(self, text_or_ids: Any, progress: Progress = True, score: bool = False) -> Any:
         """Read a document of any length, window by window, remembering all that `capacity` allows.
@@ -126,21 +137,49 @@ class ModelMemory:
         try:
             yield self.trace
         finally:
-            self.trace = before
+            self.last_trace, self.trace = self.trace, before
+
+    def explain(self, token: int | None = None, row: int = 0, most: int = 5) -> Explanation:
+        """What predicting a token drew on, by the trace at hand or the last one; print it, or write it as a page.
+
+        Parameters
+        ----------
+        token : int, optional
+            Number of the token among those traced; all of them by default. The token before it predicted it.
+        row : int
+            Of what was traced, such as the first of several questions about one document.
+        most : int
+            Memories named for a token.
+
+        Raises
+        ------
+        ArgumentError
+            No tokenizer is attached, nothing was traced, or not that token.
+        """
+        trace = self.trace or self.last_trace
+        if self.tokenizer is None or trace is None or not trace.tokens:
+            expected, received = "a tokenizer and a trace", "no tokenizer" if self.tokenizer is None else "no trace"
+            remedy = "Pass attach(model, tokenizer=...), and call the model inside memory.tracing()."
+            raise ArgumentError("explain", expected, received, remedy)
+        chosen = range(1, trace.tokens) if token is None else [checks.count("token", token)]
+        draws = {t: trace.draws(t - 1, row)[: checks.count("most", most)] for t in chosen}
+        answer = trace.ids(row)
+        document = self._history[row * len(self._history) // max(trace.rows, 1)] if self._history else []
+        return Explanation([*document, *answer], answer, draws, self.tokenizer)
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
         """Called before a forward pass with its arguments; returns them with positions that continue the history."""
-        self._commit()
+        if self._deferred:
+            self._commit()
+        self._drop_staged()
         cache, caching = given.get("past_key_values"), given.get("use_cache")
-        if cache is None and caching and self._next is not None:
+        if cache is None and caching:
             cache = given["past_key_values"] = DynamicCache(config=self.model.config)
         given["use_cache"] = caching = cache is not None if caching is None else caching
         self.staging = cache is None and not caching and not self._frozen
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, n = tokens.shape[:2]
         self._check(rows, cache)
-        if self.trace is not None:
-            self.trace.begin(n)
         mask = present(given.get("attention_mask"), n)
         positions = given.get("position_ids")
         if positions is None:
@@ -149,14 +188,25 @@ class ModelMemory:
         if self._shifting and self._next is not None:
             given["position_ids"] = positions = positions + self._shift(positions, mask, cache)
         if self._limit is not None and int(positions.max()) >= self._limit:
-            raise ArgumentError(
-                "positions",
-                f"a document within the {self._limit} positions this model has learned",
-                f"position {int(positions.max())}",
-                "Attach with positions='clamped', or clear the memory first.",
-            )
-        self.positions, self._mask = positions, mask
+            if not self._bounded:
+                raise ArgumentError(
+                    "positions",
+                    f"a document within the {self._limit} positions this model has learned",
+                    f"position {int(positions.max())}",
+                    "Attach with positions='clamped', or clear the memory first.",
+                )
+            given["position_ids"] = positions = positions.clamp(max=self._limit - 1)
+        if cache is not None:
+            bound(cache, self.window, self.layers, self.model.config.num_hidden_layers)
+        self.positions, self._mask, self._cache, self._ids = positions, mask, cache, given.get("input_ids")
+        if self.trace is not None:
+            self.trace.begin(n, given.get("input_ids"))
         return given
+
+    def tail(self, index: int) -> LayerMemory | None:
+        """What the cache at hand remembers in one layer."""
+        layer = None if self._cache is None else self._cache.layers[index]
+        return layer.tail if isinstance(layer, WindowLayer) else None
 
     def end(self) -> None:
         """Called after a forward pass: write the segment, unless its backward pass will read once more.
@@ -164,21 +214,34 @@ class ModelMemory:
         Gradient checkpointing computes every layer again in the backward pass, against the memory as it was; the
         segment is then written when the next forward pass begins.
         """
+        for layer in getattr(self._cache, "layers", ()):
+            if isinstance(layer, WindowLayer):
+                layer.settle(self.positions, self._mask)
         again = torch.is_grad_enabled() and self.model.training
-        if not again or not any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+        self._deferred = again and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        if not self._deferred:
             self._commit()
 
     def _commit(self) -> None:
-        """Write what every layer has staged, if the forward pass that staged it came to its end."""
-        complete = all(layer.staged is not None for layer in self.layers.values())
-        if not complete:
-            self._drop_staged()
+        """Write what every layer has staged."""
+        self._deferred = False
+        if not all(layer.staged is not None for layer in self.layers.values()):
             return
         for layer in self.layers.values():
             layer.write(self._mask, self.positions)
+        self._note()
         last = self.positions if self._mask is None else torch.where(self._mask, self.positions, -1)
         following = last.amax(dim=1).expand(len(self.tokens)) + 1
         self._next = following if self._next is None else torch.maximum(self._next, following)
+
+    def _note(self) -> None:
+        """Keep the ids of what has been written."""
+        rows, n = len(self.tokens), self.positions.shape[1]
+        ids = torch.full((rows, n), -1) if self._ids is None else self._ids.cpu()
+        there = torch.ones(rows, n, dtype=torch.bool) if self._mask is None else self._mask.cpu()
+        self._history = self._history or [[] for _ in range(rows)]
+        for row, history in enumerate(self._history):
+            history += ids[row][there[row]].tolist()
 
     def _drop_staged(self) -> None:
         for layer in self.layers.values():
@@ -188,11 +251,12 @@ class ModelMemory:
         """How far each row's positions move so that its first token follows what the row remembers; (rows, 1)."""
         if cache is not None and cache in self._shifts:
             return self._shifts[cache]
-        rows = len(self._next)
+        rows = max(len(self._next), positions.shape[0] if mask is None else len(mask))
         first = torch.zeros(rows, 1, dtype=torch.int64, device=positions.device)
         if mask is not None:
             first = mask.int().argmax(dim=1, keepdim=True)
-        shift = self._next[:, None] - positions.expand(rows, -1).gather(1, first)
+        following = self._next.repeat_interleave(rows // len(self._next))[:, None]
+        shift = following - positions.expand(rows, -1).gather(1, first)
         if self._bounded and self._limit is not None:  # learned positions: never past the last
             shift = shift.clamp(max=self._limit - 1 - int(positions.max()))
         if cache is not None:
@@ -201,13 +265,10 @@ class ModelMemory:
 
     def _check(self, rows: int, cache: Any) -> None:
         held = len(self.tokens)
-        if held and rows != held:
-            raise ShapeError(
-                "input_ids",
-                f"{held} rows, as the memory has",
-                f"{rows}",
-                "Give every row its own document, or clear() the memory first.",
-            )
+        if held and (rows % held or (self.staging and rows != held)):
+            expected = f"{held} rows, as the memory has" if self.staging else f"a multiple of the memory's {held} rows"
+            remedy = "Give every row its own document, or clear() the memory first."
+            raise ShapeError("input_ids", expected, f"{rows}", remedy)
         if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
             raise ArgumentError(
                 "past_key_values", "a dynamic cache", "a static one", "Leave out cache_implementation='static'."

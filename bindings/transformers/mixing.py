@@ -59,8 +59,22 @@ def read_memory(memory: KNNMemory, query: torch.Tensor, k: int, scale: float) ->
     The search is exact and outside of autograd. Where the queries need gradients, what it found is scored once more
     within autograd, so gradients reach the queries through the scores, and none reaches the stored pairs.
     """
+    rows, heads, q, dim = query.shape
+    if rows != memory.rows:  # several rows that continue the same one are so many queries more
+        folded = query.reshape(memory.rows, -1, heads, q, dim).transpose(1, 2).reshape(memory.rows, heads, -1, dim)
+        reading = read_memory(memory, folded, k, scale)
+        near = reading.neighbours
+        near = replace(near, scores=unfold(near.scores, rows), positions=unfold(near.positions, rows), tags=None)
+        return Reading(unfold(reading.output, rows), unfold(reading.lse[..., None], rows)[..., 0], near)
     if not (torch.is_grad_enabled() and query.requires_grad):
         return memory.read(query, k, scale)
     found = memory.search(query.detach(), k)
     reading = attend(query[..., None, :], found.keys, found.values, None, scale, (found.positions >= 0)[..., None, :])
     return Reading(reading.output[..., 0, :], reading.lse[..., 0], replace(found, keys=None, values=None))
+
+
+def unfold(folded: torch.Tensor, rows: int) -> torch.Tensor:
+    """(fewer rows, heads, times x q, ...) -> (rows, heads, q, ...), where `rows` is `times` as many."""
+    fewer, heads, many, width = folded.shape
+    times = rows // fewer
+    return folded.reshape(fewer, heads, times, many // times, width).transpose(1, 2).reshape(rows, heads, -1, width)

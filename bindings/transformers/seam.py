@@ -36,6 +36,7 @@ class Seam:
 
     memory: ModelMemory
     layer: LayerMemory
+    tail: LayerMemory | None  # what the cache at hand remembers
     angles: Angles | None
     staging: bool
 
@@ -74,10 +75,14 @@ def attention(
     seam, layer = perdure_seam, perdure_seam.layer
     if seam.staging:
         layer.stage(key, value, seam.angles)
-    if layer.empty:
+    memories = [memory for memory in (layer, seam.tail) if memory is not None and not memory.empty]
+    if not memories:
         return own()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    readings = layer.read(query, seam.angles, seam.memory.positions, scale)
+    readings = []
+    for memory in memories:
+        before = 0 if memory is layer or layer.empty else layer.written  # what a cache remembers follows what was read
+        readings += memory.read(query, seam.angles, seam.memory.positions, scale, before)
     remembered = merge(*readings)
     bias = getattr(module, GATE, None)
     if bias is not None:
@@ -124,7 +129,8 @@ def hook(model: nn.Module, attentions: dict[int, nn.Module], memory: ModelMemory
 
     def hand_over(layer: LayerMemory) -> Callable[..., Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            seam = Seam(memory, layer, kwargs.get("position_embeddings"), memory.staging)
+            tail = memory.tail(layer.index)
+            seam = Seam(memory, layer, tail, kwargs.get("position_embeddings"), memory.staging)
             return args, {**kwargs, "perdure_seam": seam}
 
         return before

@@ -51,12 +51,23 @@ class Trace:
         self.keep, self.tokens = checks.count("keep", keep), 0
         self._starts: list[int] = []
         self._segments: list[list[Part]] = []
+        self._ids: list[torch.Tensor] = []
 
-    def begin(self, n: int) -> None:
-        """The model is about to be given n tokens."""
+    def begin(self, n: int, ids: torch.Tensor | None) -> None:
+        """The model is about to be given n tokens; ids (rows, n) where it is given ids."""
         self._starts.append(self.tokens)
         self._segments.append([])
+        self._ids.append(torch.empty(0, n) if ids is None else ids.cpu())
         self.tokens += n
+
+    @property
+    def rows(self) -> int:
+        """Rows the model was given."""
+        return max((len(ids) for ids in self._ids), default=0)
+
+    def ids(self, row: int = 0) -> list[int]:
+        """The tokens of one row that the model was given; none where it was given embeddings."""
+        return [token for ids in self._ids if len(ids) > row for token in ids[row].tolist()]
 
     def record(self, layer: int, readings: list[Reading], joint_lse: torch.Tensor, scale: float) -> None:
         """Keep the nearest memories of one layer (rows, heads, q), weighed by exp(scale score - joint_lse)."""

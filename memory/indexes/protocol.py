@@ -26,13 +26,31 @@ class Ring(Protocol):
 
 
 class Index(Protocol):
-    """Finds the nearest keys of one row. It holds nothing that the row's keys do not say: it is dropped with the row,
-    never saved, and catches up by itself, whenever it is asked, with what was written since.
+    """Finds the nearest keys of one row. It is dropped with the row, and catches up by itself, whenever it is asked,
+    with what was written since. What it is made of is not saved but made again; only what it learned is its state.
     """
 
     @property
     def nbytes(self) -> int:
         """Bytes it holds beside the row's keys."""
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What it needs, beside the row's keys, to go on as if it had never been saved."""
+        ...
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from `state`.
+
+        Raises
+        ------
+        ArgumentError
+            A state that no index of this kind and size can have.
+        """
+        ...
+
+    def explain(self) -> str:
+        """How it searches now, and why."""
         ...
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

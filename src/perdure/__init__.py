@@ -22,28 +22,40 @@ _HOMES = {
     "perdure.core.signal": ["Signal", "fit"],
     "perdure.memory.compressive": ["CompressiveMemory"],
     "perdure.memory.continuous": ["ContinuousMemory"],
+    "perdure.memory.file": ["load", "save"],
     "perdure.memory.hybrid": ["HybridMemory"],
     "perdure.memory.knn": ["KNNMemory"],
     "perdure.memory.recurrent": ["RecurrentMemory"],
+    "perdure.memory.store": ["Store", "open"],
+    "perdure.memory.stored": ["StoredMemory"],
     "perdure.memory.window": ["States"],
     "perdure.backends.errors": [
         "ArgumentError",
         "BackendError",
         "DTypeError",
         "FileError",
+        "ForkError",
         "FrameworkError",
         "MissingPackageError",
         "NonFiniteError",
         "PerdureError",
+        "RecallError",
+        "RecallWarning",
+        "QuotaError",
         "ShapeError",
+        "StoreError",
     ],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+_MODULES = {"plot": "perdure.bindings.plot"}
 
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name not in _HOME:
         raise AttributeError(f"module 'perdure' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

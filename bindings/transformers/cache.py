@@ -1,0 +1,129 @@
+"""A key-value cache that stays as small as the window: what leaves it is remembered, in a memory that travels with it.
+
+`generate` reorders, repeats, crops and resets its cache (beam search, assisted decoding); what this cache remembers
+follows. Memory that was filled before is only read meanwhile, by every row that continues it, so several questions can
+be asked about one document, and all beams share it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .layer import LayerMemory
+
+SLACK = 8  # an eighth of the window more may gather before the oldest leave, so that they leave in company
+
+
+class WindowLayer(DynamicLayer):
+    """One layer's newest tokens, and the memory of those that were cached before them.
+
+    Parameters
+    ----------
+    window : int
+        Tokens that stay when older ones leave.
+    tail : LayerMemory or None
+        What remembers those that leave; without one they are lost, as in a sliding window.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self, window: int, tail: LayerMemory | None):
+        super().__init__()
+        self.window, self.tail = window, tail
+        self.cumulative_length = 0  # tokens ever cached and not cropped
+        self.notes: torch.Tensor | None = None  # (rows, cached, 2): where each token stands, and whether it is present
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append a segment (rows, heads, n, dim); gives all that is cached."""
+        self.cumulative_length += key_states.shape[-2]
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def settle(self, positions: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """After a forward pass of tokens at `positions` (rows or 1, n), padding where `mask` is False: let go of the
+        oldest."""
+        rows, n = self.keys.shape[0], positions.shape[1]
+        positions = positions.expand(rows, n)
+        mask = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
+        notes = torch.stack([positions, mask.to(positions.dtype)], dim=-1)
+        self.notes = notes if self.notes is None else torch.cat([self.notes, notes], dim=1)
+        leaving = self.keys.shape[-2] - self.window
+        if leaving <= self.window // SLACK:
+            return
+        if self.tail is not None:
+            stood, there = self.notes[:, :leaving].unbind(dim=-1)
+            keys = self.keys[:, :, :leaving]
+            angles = None if self.tail.rotary is None else self.tail.rotary.angles(stood, keys)
+            self.tail.stage(keys, self.values[:, :, :leaving], angles)
+            self.tail.write(there.bool(), stood)
+        self.keys, self.values = self.keys[:, :, leaving:].clone(), self.values[:, :, leaving:].clone()
+        self.notes = self.notes[:, leaving:].clone()
+
+    def get_seq_length(self) -> int:
+        """Tokens cached, those that have left included: where the next one stands."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length of the keys that the next call attends to, and the number of those that have left."""
+        cached = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        return cached + query_length, self.cumulative_length - cached
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest tokens back: a negative number of them, or down to a positive total."""
+        removed = self.cumulative_length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if removed <= 0 or not self.is_initialized:
+            return
+        super().crop(-removed)
+        self.notes = self.notes[:, :-removed]
+        self.cumulative_length -= removed
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.notes, self.cumulative_length = None, 0
+        if self.tail is not None:
+            self.tail.clear(None)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes `repeats` rows."""
+        if self.is_initialized:
+            self._select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only these rows stay."""
+        self._select(indices)
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        rows = rows.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        self.notes = None if self.notes is None else self.notes.index_select(0, rows.to(self.notes.device))
+        if self.tail is not None:
+            self.tail.select(rows.tolist())
+
+
+def bound(cache: Any, window: int, layers: dict[int, LayerMemory], total: int) -> None:
+    """Make an empty cache of plain layers one of `WindowLayer`; any other stays what it is.
+
+    Parameters
+    ----------
+    cache : Cache
+    window : int
+    layers : dict of int to LayerMemory
+        Those that remember, as the cache begins.
+    total : int
+        Layers of the model.
+    """
+    plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if plain and not cache.offloading and cache.get_seq_length() == 0:
+        tails = [layers[i].successor() if i in layers else None for i in range(total)]
+        cache.layers[:] = [WindowLayer(window, tail) for tail in tails]

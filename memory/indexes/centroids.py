@@ -1,0 +1,35 @@
+"""Centroids of a head's keys: k-means (Lloyd 1982) on a sample, started from the centroids there were."""
+
+from __future__ import annotations
+
+import numpy as np
+
+BLOCK = 4096  # keys compared with all centroids at once
+SAMPLE = 40  # keys a centroid is trained on
+COLD, WARM = 8, 4  # rounds without and with centroids to start from
+
+
+def nearest(keys: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Which of `centroids` (lists, d) each of `keys` (m, d) is nearest to, int32 (m,)."""
+    half = np.sum(centroids * centroids, axis=1) / 2
+    labels = np.empty(len(keys), np.int32)
+    for first in range(0, len(keys), BLOCK):
+        labels[first : first + BLOCK] = (keys[first : first + BLOCK] @ centroids.T - half).argmax(axis=1)
+    return labels
+
+
+def train(keys: np.ndarray, lists: int, before: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Centroids (lists, d) of `keys` (m, d); where a list stays empty, a key of the sample."""
+    sample = keys[rng.choice(len(keys), min(len(keys), SAMPLE * lists), replace=False)]
+    warm = before is not None and len(before) == lists
+    centroids = before.copy() if warm else sample[rng.choice(len(sample), lists, replace=len(sample) < lists)].copy()
+    for _ in range(WARM if warm else COLD):
+        labels = nearest(sample, centroids)
+        counts = np.bincount(labels, minlength=lists)
+        order = np.argsort(labels, kind="stable")
+        filled = np.flatnonzero(counts)
+        firsts = np.concatenate([[0], np.cumsum(counts)[:-1]])[filled]
+        centroids[filled] = np.add.reduceat(sample[order], firsts, axis=0) / counts[filled, None]
+        empty = np.flatnonzero(counts == 0)
+        centroids[empty] = sample[rng.choice(len(sample), len(empty))]
+    return centroids

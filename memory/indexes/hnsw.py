@@ -1,0 +1,160 @@
+"""Hierarchical navigable small worlds over the settled part of a row; everything else is searched exactly.
+
+Source: Malkov & Yashunin, "Efficient and robust approximate nearest neighbor search using hierarchical navigable small
+world graphs" (PAMI 2018, arXiv 1603.09320), as implemented by hnswlib. A graph cannot forget, and hnswlib corrupts or
+crashes when it is asked to delete, grow, load or save beside other calls. So it is asked for none of that: tokens are
+cut by position into segments, a graph is built once over each segment that is complete, by one thread from one seed,
+and dropped whole as soon as one of its tokens has left. What is not in a graph, at either end of the row, is searched
+exactly. Every hit is scored again in full, so that graphs choose candidates and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from ...backends.arrays import optional_import
+from ...backends.errors import ArgumentError, RecallError
+from ...backends.registry import current_backend, load
+from ...core.retrieval import retrieve, unit
+from .audit import ALTERED, Audit, audited, exact_positions
+from .exact import written_between
+from .protocol import Ring
+
+LINKS, BREADTH = 16, 200  # hnswlib's M and ef_construction
+SMALLEST, PARTS = 1024, 8  # tokens of a segment at least; segments in a full row otherwise
+MOST = 4096  # the widest search beam that tuning goes to
+REMEDY = 'Queries of attention are often unlike any key: prefer index="exact" or "ivf", or raise dim and M by hand.'
+
+
+class HNSWIndex:
+    """Graphs over complete segments, exact search over the rest; the beam width `ef` follows the audited recall."""
+
+    def __init__(self, heads: int, dim: int, space: str, capacity: int, target: float, seed: int):
+        self.given = (heads, dim, space, capacity, target, seed)
+        self.heads, self.dim, self.space, self.seed = heads, dim, space, seed
+        self.segment = max(capacity // PARTS, SMALLEST)
+        self.graphs: dict[int, list[Any]] = {}  # number of the segment -> a graph a head
+        self.ef, self.audit, self.lock = 64, Audit(target), threading.Lock()
+        self.library = optional_import("hnswlib", extra="hnsw")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (self.given, self.state())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the graphs, estimated: the vectors once more, and the links of every node."""
+        node = 4 * self.dim + 4 * (2 * LINKS + 1) + 16
+        return len(self.graphs) * self.heads * self.segment * node
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The beam width and the measured recall; graphs are built again, the same, from the keys."""
+        return {"ef": np.array([self.ef], np.int64), "audit": self.audit.state()}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        ef = state.get("ef", np.empty(0))
+        if ef.shape != (1,) or not 1 <= ef[0] <= MOST:
+            raise ArgumentError("state", f"a beam width from 1 to {MOST}", f"ef = {ef}", ALTERED)
+        self.ef = int(ef[0])
+        self.audit.restore(state.get("audit"))
+
+    def explain(self) -> str:
+        return (
+            f"{len(self.graphs)} graphs of {self.segment} tokens a head, beam {self.ef}, the rest exact; "
+            f"recall {self.audit.recall:.3f} in {self.audit.audits} audits, target {self.audit.target}"
+        )
+
+    def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        with self.lock:
+            self.follow(row)
+            graphs, ef = dict(self.graphs), max(self.ef, k)
+        found = [self.search_head(row, h, queries[h], k, graphs, ef) for h in range(self.heads)]
+        scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
+        if graphs and queries.shape[1] and self.audit.due():
+            some = audited(queries.shape[1])
+            exact = exact_positions(row, queries[:, some], k, self.space)
+            with self.lock:
+                self.audit.observe(positions[:, some], exact)
+                if self.audit.recall < self.audit.target and self.ef >= MOST:
+                    self.audit.warn('index="hnsw"', REMEDY)
+                elif self.audit.recall < self.audit.target:
+                    self.ef = min(2 * self.ef, MOST)
+        return scores, positions
+
+    def follow(self, row: Ring) -> None:
+        """Drop the graphs that a token has left; build those of the segments that became complete."""
+        complete = range(-(-row.oldest // self.segment), row.written // self.segment)
+        self.graphs = {number: made for number, made in self.graphs.items() if number in complete}
+        for number in complete:
+            if number not in self.graphs:
+                positions = np.arange(number * self.segment, (number + 1) * self.segment)
+                keys = row.numbers("keys", (slice(None), positions % row.capacity)).astype(np.float32, copy=False)
+                self.graphs[number] = [self.build(some, positions) for some in keys]
+
+    def build(self, keys: np.ndarray, positions: np.ndarray) -> Any:
+        made = self.library.Index(space="l2" if self.space == "l2" else "ip", dim=self.dim)
+        made.init_index(max_elements=len(keys), M=LINKS, ef_construction=BREADTH, random_seed=self.seed + 100)
+        made.add_items(unit(keys) if self.space == "cosine" else keys, positions, num_threads=1)
+        return made
+
+    def search_head(
+        self, row: Ring, head: int, queries: np.ndarray, k: int, graphs: dict[int, list[Any]], ef: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions (q, k) of the best of what the graphs and both exact ends give for queries (q, dim)."""
+        asked = unit(queries) if self.space == "cosine" else queries
+        parts = [self.ask(made[head], asked.astype(np.float32, copy=False), k, ef) for made in graphs.values()]
+        for first, last in self.ends(row, graphs):
+            for slots in written_between(row, first, last):
+                keys = row.numbers("keys", (head, slots))
+                _, ages = retrieve(queries, keys, k, self.space, None, 0)
+                parts.append(np.where(ages >= 0, ages + first, -1))
+                first += len(keys)
+        if not parts:
+            return np.full((len(queries), k), -np.inf, queries.dtype), np.full((len(queries), k), -1, np.int64)
+        return self.rescored(row, head, queries, k, np.concatenate(parts, axis=1))
+
+    def ends(self, row: Ring, graphs: dict[int, list[Any]]) -> list[tuple[int, int]]:
+        """The ranges of positions that no graph holds: all, or what is older and what is newer than the graphs."""
+        if not graphs:
+            return [(row.oldest, row.written)] if row.stored else []
+        first, last = min(graphs) * self.segment, (max(graphs) + 1) * self.segment
+        return [(a, b) for a, b in ((row.oldest, first), (last, row.written)) if a < b]
+
+    def ask(self, graph: Any, queries: np.ndarray, k: int, ef: int) -> np.ndarray:
+        """The positions (q, min(k, segment)) that a graph finds."""
+        some = min(k, self.segment)
+        graph.set_ef(max(ef, some))
+        try:
+            positions, _ = graph.knn_query(queries, k=some, num_threads=1)
+        except RuntimeError as error:
+            raise RecallError(
+                "search", f"{some} neighbours from a graph of {self.segment}", f"fewer ({error})", "Use index='exact'."
+            ) from error
+        return positions.astype(np.int64)
+
+    def rescored(
+        self, row: Ring, head: int, queries: np.ndarray, k: int, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of the candidates positions (q, m), by (score, newest), scored in full."""
+        direct = getattr(load(current_backend()), "rescore", None)
+        if direct is not None:
+            keys, _ = row.part("keys", (head, slice(0, row.stored)))
+            candidates = np.where(positions >= 0, positions - row.oldest, -1)
+            found = direct(queries, keys, candidates, k, self.space, row.start)
+            if found is not NotImplemented:
+                return found[0], np.where(found[1] >= 0, found[1] + row.oldest, -1)
+        positions = np.sort(positions, axis=1)  # by age, so that ties go to the newest; nothing (-1) first
+        keys = row.numbers("keys", (head, np.where(positions >= 0, positions % row.capacity, 0)))
+        mask = (positions >= 0)[:, None, :]
+        scores, order = retrieve(queries[:, None, :], keys, k, self.space, mask, 0)
+        chosen = np.take_along_axis(positions, np.maximum(order[:, 0], 0), axis=1)
+        return scores[:, 0], np.where(order[:, 0] >= 0, chosen, -1)
+
+
+def restored(given: tuple[Any, ...], state: dict[str, np.ndarray]) -> HNSWIndex:
+    """A copy of an index, for the copy of its row."""
+    made = HNSWIndex(*given)
+    made.restore(state)
+    return made

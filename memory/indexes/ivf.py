@@ -1,0 +1,238 @@
+"""Inverted lists: a query is compared with the keys of the lists whose centroids suit it best.
+
+Source: Sivic & Zisserman, "Video Google" (ICCV 2003), and Jégou, Douze & Schmid, "Product quantization for nearest
+neighbor search" (PAMI 2011), section IV. Here the keys are a stream: lists lose their oldest, and centroids follow.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+
+from ...backends.errors import ArgumentError
+from ...backends.registry import current_backend, load
+from ...core.retrieval import retrieve, unit
+from .audit import ALTERED, MEMORY, Audit, audited, exact_positions
+from .centroids import nearest, train
+from .exact import ExactIndex, written_since
+from .protocol import Ring
+
+MARGIN = 0.8  # the target's weight against 1 in what is aimed at: an audit is a sample
+FIRST = 4096  # keys from which lists are worth their while; fewer are searched exactly
+
+
+class IVFIndex:
+    """About sqrt(n) lists a head; of them a query's best `probes` are searched, in full precision.
+
+    Centroids are trained when FIRST keys are stored, again when the row has doubled since, and from then on twice in
+    every turnover. `probes` follows the recall that audits measure.
+    """
+
+    def __init__(self, heads: int, dim: int, space: str, dtype: np.dtype, target: float, seed: int):
+        self.given = (heads, dim, space, dtype, target, seed)
+        self.heads, self.space, self.seed = heads, space, seed
+        self.exact: ExactIndex | None = ExactIndex(heads, dim, space, dtype)
+        self.audit = Audit(target)
+        self.followed = self.trained_at = self.trained_on = self.trainings = self.probes = 0
+        self.centroids: np.ndarray | None = None  # (heads, lists, dim)
+        self.labels = np.empty((heads, 0), np.int32)  # of every slot
+        self.ranks = np.empty(0)  # how often a true neighbour's list had which rank
+        self.lists: list[Any] | None = None  # a head, where the backend has them
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (self.given, self.state())
+
+    @property
+    def nbytes(self) -> int:
+        own = self.labels.nbytes + (0 if self.centroids is None else self.centroids.nbytes)
+        return own + (self.exact.nbytes if self.exact else 0) + sum(made.nbytes for made in self.lists or ())
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the keys alone do not say: centroids, which key is in which list, and the measured recall."""
+        if self.centroids is None:
+            return {}
+        slots = self.labels.shape[1]
+        counts = (slots, self.followed, self.trained_at, self.trained_on, self.trainings, self.probes)
+        return {
+            "centroids": self.centroids,
+            "labels": self.labels,
+            "counts": np.array(counts, np.int64),
+            "ranks": self.ranks,
+            "audit": self.audit.state(),
+        }
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        if state:
+            centroids, labels = (state.get(name, np.empty(0)) for name in ("centroids", "labels"))
+            counts, ranks = (state.get(name, np.empty(0)) for name in ("counts", "ranks"))
+            fits = centroids.ndim == 3 and centroids.shape[::2] == self.given[:2] and counts.shape == (6,)
+            fits = fits and ranks.shape == centroids.shape[1:2] and 1 <= counts[5] <= len(ranks)
+            fits = fits and labels.shape == (self.heads, counts[0]) and labels.dtype == np.int32
+            fits = fits and bool(np.isfinite(centroids).all() and (ranks >= 0).all())
+            if not fits or (labels.size and not 0 <= labels.min() <= labels.max() < len(ranks)):
+                raise ArgumentError("state", "the state of inverted lists of this size", "another", ALTERED)
+            self.centroids, self.labels, self.exact = state["centroids"], state["labels"], None
+            counts = (int(count) for count in state["counts"])
+            _, self.followed, self.trained_at, self.trained_on, self.trainings, self.probes = counts
+            self.ranks = state["ranks"]
+            self.audit.restore(state.get("audit"))
+
+    def explain(self) -> str:
+        if self.centroids is None:
+            return f"exact until {FIRST} keys are stored, then inverted lists"
+        return (
+            f"{self.probes} of {self.centroids.shape[1]} inverted lists a query; "
+            f"recall {self.audit.recall:.3f} in {self.audit.audits} audits, target {self.audit.target}"
+        )
+
+    def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        with self.lock:
+            self.follow(row)
+            exact, lists = self.exact, self.lists
+        if exact is not None:
+            return exact.search(row, queries, k)
+        asked = unit(queries) if self.space == "cosine" else queries
+        best = self.best_lists(asked)  # (heads, q, probes)
+        if lists is None:
+            scores, positions = self.by_formula(row, asked, k, best)
+        else:
+            found = [made.search(asked[h], k, best[h], row.oldest) for h, made in enumerate(lists)]
+            scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
+        self.complete(row, queries, scores, positions)
+        if self.audit.due() and queries.shape[1]:
+            some = audited(queries.shape[1])
+            exact = exact_positions(row, queries[:, some], k, self.space)
+            with self.lock:
+                self.audit.observe(positions[:, some], exact)
+                self.tune(row, asked[:, some], exact)
+        return scores, positions
+
+    def list_scores(self, queries: np.ndarray) -> np.ndarray:
+        """How well the lists' centroids suit queries (heads, q, dim): (heads, q, lists), the larger the better."""
+        scores = queries @ self.centroids.swapaxes(1, 2)
+        if self.space == "l2":
+            scores -= np.sum(self.centroids**2, axis=-1)[:, None] / 2
+        return scores
+
+    def best_lists(self, queries: np.ndarray) -> np.ndarray:
+        """The `probes` best lists of queries (heads, q, dim), the best first: (heads, q, probes)."""
+        scores = self.list_scores(queries)
+        best = np.argpartition(-scores, self.probes - 1, axis=-1)[..., : self.probes]
+        top = np.take_along_axis(scores, best, axis=-1).argmax(axis=-1)[..., None]
+        first = np.take_along_axis(best, top, axis=-1)
+        np.put_along_axis(best, top, best[..., :1].copy(), axis=-1)
+        best[..., :1] = first
+        return best
+
+    def by_formula(self, row: Ring, queries: np.ndarray, k: int, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the lists are to find: the best of the keys whose list is probed."""
+        stored = (slice(None), slice(0, row.stored))
+        probed = np.zeros((*best.shape[:2], self.centroids.shape[1]), bool)
+        np.put_along_axis(probed, best, True, axis=-1)
+        labels = np.roll(self.labels[stored], -row.start, axis=1)
+        mask = np.take_along_axis(probed, labels[:, None, :].astype(np.int64), axis=-1)
+        scores, ages = retrieve(queries, self.numbers(row, stored), k, self.scored, mask, row.start)
+        return scores, np.where(ages >= 0, ages + row.oldest, -1)
+
+    def complete(self, row: Ring, queries: np.ndarray, scores: np.ndarray, positions: np.ndarray) -> None:
+        """Search exactly for the queries whose lists hold fewer than k keys although more are stored."""
+        short = (positions[..., min(positions.shape[2], row.stored) - 1] < 0).any(axis=0)
+        if short.any():
+            keys = row.numbers("keys", (slice(None), slice(0, row.stored)))
+            found, ages = retrieve(queries[:, short], keys, positions.shape[2], self.space, None, row.start)
+            scores[:, short], positions[:, short] = found, np.where(ages >= 0, ages + row.oldest, -1)
+
+    def tune(self, row: Ring, queries: np.ndarray, exact: np.ndarray) -> None:
+        """As many probes as would have found the target share of the positions `exact` (heads, q, k).
+
+        A key is found by the probe whose rank among its query's lists is that of the key's list; so the ranks of all
+        true neighbours say at once what recall every number of probes has. Older audits count less.
+        """
+        order = np.argsort(-self.list_scores(queries), axis=-1)
+        ranks = np.empty_like(order)
+        np.put_along_axis(ranks, order, np.broadcast_to(np.arange(order.shape[-1]), order.shape), axis=-1)
+        found = exact >= 0
+        slots = np.where(found, exact % row.capacity, 0)
+        labels = np.take_along_axis(self.labels[:, None, :], slots.reshape(self.heads, 1, -1), axis=-1)
+        needed = np.take_along_axis(ranks, labels.reshape(exact.shape).astype(np.int64), axis=-1)[found]
+        self.ranks = MEMORY * self.ranks + np.bincount(needed, minlength=len(self.ranks))
+        share = np.cumsum(self.ranks) / max(self.ranks.sum(), 1e-9)
+        self.probes = int(np.searchsorted(share, MARGIN * self.audit.target + 1 - MARGIN)) + 1
+        self.probes = min(self.probes, len(self.ranks))
+
+    @property
+    def scored(self) -> str:
+        """The space of what `numbers` gives."""
+        return "ip" if self.space == "cosine" else self.space
+
+    def numbers(self, row: Ring, where: Any) -> np.ndarray:
+        keys = row.numbers("keys", where)
+        return unit(keys) if self.space == "cosine" else keys
+
+    def follow(self, row: Ring) -> None:
+        """Put the keys that came since into lists, and take out those that left; train where it is due."""
+        make = getattr(load(current_backend()), "Lists", None)
+        if self.centroids is None and row.stored < FIRST:
+            return
+        since = row.written - self.trained_at
+        full = row.stored == row.capacity
+        if self.centroids is None or since >= (max(row.stored // 2, 1) if full else self.trained_on):
+            self.retrain(row)
+        elif self.followed < row.written:
+            self.label(row, written_since(row, self.followed))
+        if make is None:
+            self.lists = None
+        elif self.lists is None:
+            self.rebuild(row, make)
+        elif self.followed < row.written:
+            for made in self.lists:
+                made.forget(row.oldest)
+            self.append(row, max(self.followed, row.oldest), written_since(row, self.followed))
+        self.followed = row.written
+
+    def retrain(self, row: Ring) -> None:
+        lists = 1 << round(math.log2(math.sqrt(row.stored)))
+        keys = self.numbers(row, (slice(None), slice(0, row.stored)))
+        before = self.centroids if self.centroids is not None else [None] * self.heads
+        rngs = (np.random.default_rng([self.seed, h, self.trainings]) for h in range(self.heads))
+        trained = zip(keys, before, rngs, strict=True)
+        self.centroids = np.stack([train(some, lists, old, rng) for some, old, rng in trained])
+        if before[0] is None or len(before[0]) != lists:  # what was learned about other lists does not carry over
+            self.probes, self.ranks = max(lists // 8, 1), np.zeros(lists)
+            self.audit.searches = 0
+        self.label(row, [slice(0, row.stored)])
+        self.trained_at, self.trained_on, self.trainings, self.lists = row.written, row.stored, self.trainings + 1, None
+        self.exact = None
+
+    def label(self, row: Ring, ranges: list[slice]) -> None:
+        if self.labels.shape[1] < row.slots:
+            more = np.zeros((self.heads, row.slots - self.labels.shape[1]), np.int32)
+            self.labels = np.concatenate([self.labels, more], axis=1)
+        for slots in ranges:
+            keys = self.numbers(row, (slice(None), slots))
+            for h in range(self.heads):
+                self.labels[h, slots] = nearest(keys[h], self.centroids[h])
+
+    def rebuild(self, row: Ring, make: Any) -> None:
+        """The lists over all that is stored, oldest first."""
+        keys = row.numbers("keys", (slice(None), slice(0, 1)))
+        self.lists = [make(self.centroids.shape[1], keys.shape[2], self.scored, keys.dtype) for _ in range(self.heads)]
+        self.append(row, row.oldest, written_since(row, row.oldest))
+
+    def append(self, row: Ring, position: int, ranges: list[slice]) -> None:
+        for slots in ranges:
+            keys = self.numbers(row, (slice(None), slots))
+            for h, made in enumerate(self.lists):
+                made.write(keys[h], position, self.labels[h, slots])
+            position += slots.stop - slots.start
+
+
+def restored(given: tuple[Any, ...], state: dict[str, np.ndarray]) -> IVFIndex:
+    """A copy of an index, for the copy of its row."""
+    made = IVFIndex(*given)
+    made.restore({name: array.copy() for name, array in state.items()})
+    return made

@@ -1,0 +1,308 @@
+"""Approximate indexes: exact for what they look at, as good as they promise, and safe under every kind of use."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from unittest import mock
+
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from perdure.memory.indexes import audit, auto, centroids, hnsw, ivf
+
+import perdure
+
+APPROXIMATE = ["ivf", "hnsw", "auto"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Indexes that begin to approximate at a size that tests can afford."""
+    monkeypatch.setattr(ivf, "FIRST", 256)
+    monkeypatch.setattr(hnsw, "SMALLEST", 64)
+    monkeypatch.setattr(auto, "EVERY", 2)
+
+
+def clustered(rng, n, d=8, clusters=12, shift=0.0):
+    centres = np.random.default_rng(5).standard_normal((clusters, d)) * 3 + shift
+    return (centres[rng.integers(0, clusters, n)] + rng.standard_normal((n, d))).astype(np.float32)
+
+
+def filled(index, rng, n=900, capacity=600, **kwargs):
+    memory = perdure.KNNMemory(1, 1, 8, capacity, index=index, **kwargs)
+    keys = clustered(rng, n)[None, None]
+    for first in range(0, n, 100):
+        memory.write(keys[:, :, first : first + 100], keys[:, :, first : first + 100])
+    return memory, keys
+
+
+@pytest.mark.parametrize("space", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("index", APPROXIMATE)
+def test_hits_are_scored_exactly_and_enough(small, rng, index, space):
+    memory, keys = filled(index, rng, space=space)
+    exact = perdure.KNNMemory(1, 1, 8, 600, space=space)
+    exact.write(keys, keys)
+    for q in (1, 3, 40):
+        queries = clustered(rng, q)[None, None]
+        near, every = memory.search(queries, 10), exact.search(queries, 600)
+        assert (near.positions >= 300).all()
+        assert (np.diff(near.scores, axis=-1) <= 0).all()
+        for mine, scores, all_positions, all_scores in zip(
+            near.positions[0, 0], near.scores[0, 0], every.positions[0, 0], every.scores[0, 0], strict=True
+        ):
+            assert len(set(mine)) == 10
+            order = np.argsort(all_positions)
+            np.testing.assert_array_equal(scores, all_scores[order][mine - 300])
+        np.testing.assert_array_equal(near.keys[0, 0], keys[0, 0][near.positions[0, 0]])
+    assert memory.recall(clustered(rng, 40)[None, None], 10) >= 0.9
+
+
+@pytest.mark.parametrize("index", APPROXIMATE)
+def test_ties_go_to_the_newest(small, rng, index):
+    memory = perdure.KNNMemory(1, 1, 2, 500, index=index)
+    memory.write(np.ones((1, 1, 700, 2)), np.ones((1, 1, 700, 2)))
+    near = memory.search(np.ones((1, 1, 2, 2)), 5)
+    if index == "hnsw":  # a graph walks past equals; only its choice of candidates is free
+        assert (near.scores == 2).all()
+    else:
+        np.testing.assert_array_equal(near.positions[0, 0], [[699, 698, 697, 696, 695]] * 2)
+
+
+@pytest.mark.parametrize("index", APPROXIMATE)
+def test_saved_and_copied_memories_go_on_alike(small, rng, index):
+    memory, _ = filled(index, rng)
+    queries = clustered(rng, 5)[None, None]
+    for _ in range(3):
+        memory.search(queries, 7)
+    others = [perdure.KNNMemory.from_state_dict(memory.state_dict()), copy.deepcopy(memory), memory.select([0])]
+    for _ in range(12):
+        segment, queries = clustered(rng, 90)[None, None], clustered(rng, 5)[None, None]
+        results = []
+        for one in (memory, *others):
+            one.write(segment, segment)
+            results.append(one.search(queries, 7))
+        for result in results[1:]:
+            np.testing.assert_array_equal(result.positions, results[0].positions)
+            np.testing.assert_array_equal(result.scores, results[0].scores)
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw", "auto"])
+def test_altered_states_of_indexes_are_refused(small, rng, index):
+    memory, keys = filled(index, rng)
+    memory.search(keys[:, :, :3], 2)
+    state = memory.state_dict()
+    learned = [name for name in state if ".index." in name]
+    assert learned
+    for name in learned:
+        for bad in (np.full_like(state[name], -5), state[name][..., :0]):
+            if name.endswith(("audit", "centroids")) and bad.shape == state[name].shape:
+                continue  # any numbers will do
+            with pytest.raises(perdure.ArgumentError):
+                perdure.KNNMemory.from_state_dict({**state, name: bad})
+
+
+@pytest.mark.parametrize("index", APPROXIMATE)
+def test_a_cleared_row_gives_nothing_of_the_old(small, rng, index):
+    memory, keys = filled(index, rng)
+    memory.search(keys[:, :, :3], 2)
+    memory.clear()
+    memory.write(-keys[:, :, :20], -keys[:, :, :20])
+    near = memory.search(keys[:, :, :9], 30)
+    assert near.positions.max() < 20
+    assert (near.positions[..., 20:] == -1).all()
+    np.testing.assert_array_equal(np.sort(near.positions[0, 0, 0, :20]), np.arange(20))
+
+
+@pytest.mark.parametrize("index", APPROXIMATE)
+def test_more_than_a_list_or_graph_holds(small, rng, index):
+    """k neighbours come back whenever k are stored."""
+    memory, keys = filled(index, rng)
+    near = memory.search(keys[:, :, :2], 600)
+    np.testing.assert_array_equal(np.sort(near.positions[0, 0, 0]), np.arange(300, 900))
+
+
+class Model:
+    """What a memory of two rows may give: of each row, the key and the mark of every position that is still held."""
+
+    def __init__(self, capacity):
+        self.capacity, self.rows, self.marks = capacity, [{}, {}], 0
+        self.written = [0, 0]
+
+    def write(self, row, keys):
+        for key in keys:
+            self.marks += 1
+            self.rows[row][self.written[row]] = (key, self.marks)
+            self.written[row] += 1
+            self.rows[row].pop(self.written[row] - 1 - self.capacity, None)
+        return np.arange(self.marks - len(keys) + 1, self.marks + 1, dtype=np.float32)
+
+
+@pytest.mark.parametrize("space", ["ip", "l2"])
+@pytest.mark.parametrize("index", ["exact", *APPROXIMATE])
+@settings(max_examples=15)
+@given(st.data())
+def test_whatever_is_done_only_living_tokens_of_the_row_come_back(index, space, data):
+    """Random writes, clears, saves and searches: distinct, sorted, rightly scored, and as many as there are."""
+    small = (
+        mock.patch.object(ivf, "FIRST", 60),
+        mock.patch.object(hnsw, "SMALLEST", 32),
+        mock.patch.object(auto, "EVERY", 2),
+    )
+    with small[0], small[1], small[2], warnings.catch_warnings():
+        warnings.simplefilter("ignore", perdure.RecallWarning)
+        capacity = data.draw(st.sampled_from((1, 40, 100, 257)))
+        memory = perdure.KNNMemory(2, 1, 3, capacity, value_dim=1, index=index, space=space)
+        model = Model(capacity)
+        for _ in range(data.draw(st.integers(1, 8))):
+            row, act = data.draw(st.integers(0, 1)), data.draw(st.sampled_from(("write", "write", "clear", "save")))
+            if act == "clear":
+                memory.clear([row])
+                model.rows[row], model.written[row] = {}, 0
+            elif act == "save":
+                memory = perdure.KNNMemory.from_state_dict(memory.state_dict())
+            else:
+                n = data.draw(st.sampled_from((1, 30, 90, 300)))
+                keys = data.draw(strategies.values((n, 3))).astype(np.float32)
+                marks = model.write(row, keys)
+                memory.write(keys[None, None], marks[None, None, :, None], rows=[row])
+            queries = data.draw(strategies.values((data.draw(st.sampled_from((1, 2, 9))), 3))).astype(np.float32)
+            k = data.draw(st.sampled_from((1, 5, 70)))
+            near, held = memory.search(queries[None, None], k, rows=[row]), model.rows[row]
+            found = near.positions[0, 0] >= 0
+            assert (found.sum(axis=1) == min(k, len(held))).all()
+            for i, query in enumerate(queries):
+                positions = near.positions[0, 0, i][found[i]].tolist()
+                assert len(set(positions)) == len(positions)
+                assert set(positions) <= set(held)
+                keys = np.array([held[p][0] for p in positions], np.float64).reshape(-1, 3)
+                assert near.values[0, 0, i, found[i], 0].tolist() == [held[p][1] for p in positions]
+                scores = -np.sum((query - keys) ** 2, axis=1) if space == "l2" else keys @ query.astype(np.float64)
+                got, size = near.scores[0, 0, i][found[i]], 1 + np.abs(query).max() * np.abs(keys).max(initial=0)
+                np.testing.assert_allclose(got, scores, rtol=1e-5, atol=1e-5 * size)
+                assert (np.diff(got) <= 0).all()
+
+
+def test_lists_follow_a_drifting_stream(small, rng):
+    """After many turnovers the recall is that of a memory built anew over the same keys."""
+    memory = perdure.KNNMemory(1, 1, 8, 2000, index="ivf")
+    stream = np.concatenate([clustered(rng, 500, shift=turn / 4) for turn in range(40)])[None, None]
+    for first in range(0, stream.shape[2], 500):
+        memory.write(stream[:, :, first : first + 500], stream[:, :, first : first + 500])
+        memory.search(stream[:, :, first : first + 4], 10)
+    fresh = perdure.KNNMemory(1, 1, 8, 2000, index="ivf")
+    fresh.write(stream[:, :, -2000:], stream[:, :, -2000:])
+    queries = clustered(rng, 200, shift=39 / 4)[None, None]
+    for _ in range(8):
+        fresh.search(queries[:, :, :50], 10)
+        memory.search(queries[:, :, :50], 10)
+    assert memory.recall(queries, 10) >= 0.95 * fresh.recall(queries, 10)
+    assert "inverted lists" in memory.explain()
+
+
+def test_lists_and_the_formula_agree(small, rng):
+    memory, _ = filled("ivf", rng, target_recall=0.6)
+    queries = clustered(rng, 30)[None, None]
+    for _ in range(4):
+        memory.search(queries, 5)
+    assert memory._rows[0].index.probes < memory._rows[0].index.centroids.shape[1]
+    again = copy.deepcopy(memory)
+    near = memory.search(queries, 5)
+    with perdure.backend("numpy"):
+        reference = again.search(queries, 5)
+    np.testing.assert_array_equal(near.positions, reference.positions)
+    np.testing.assert_allclose(near.scores, reference.scores, rtol=1e-5, atol=1e-4)
+
+
+def test_centroids_are_where_the_keys_are(rng):
+    keys = clustered(rng, 3000, clusters=4)
+    made = centroids.train(keys, 4, None, rng)
+    apart = np.linalg.norm(made[:, None] - made[None], axis=-1)[~np.eye(4, dtype=bool)].min()
+    assert apart > 1
+    labels = centroids.nearest(keys, made)
+    expected = np.linalg.norm(keys[:, None] - made[None], axis=-1).argmin(axis=1)
+    assert (labels == expected).mean() > 0.999
+
+
+def test_graphs_warn_when_queries_are_unlike_any_key(small, rng, monkeypatch):
+    monkeypatch.setattr(hnsw, "MOST", 64)
+    keys = rng.standard_normal((1, 1, 3000, 8)).astype(np.float32)
+    keys *= np.exp(2 * rng.standard_normal((1, 1, 3000, 1)))  # under "ip", graphs of such keys are hard to walk
+    memory = perdure.KNNMemory(1, 1, 8, 3000, index="hnsw", target_recall=1.0)
+    memory._rows[0].index.segment = 3000
+    memory.write(keys, keys)
+    queries = rng.standard_normal((1, 1, 300, 8))
+
+    def search_often():
+        for _ in range(40):
+            memory.search(queries, 100)
+
+    with pytest.warns(perdure.RecallWarning, match="target_recall"):
+        search_often()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory.search(queries, 100)  # once is enough
+
+
+def test_an_audit_counts_what_is_missing():
+    exact = np.array([[[5, 4, 3, -1]]])
+    assert audit.overlap(exact, exact) == 1
+    assert audit.overlap(np.array([[[5, 1, 0, -1]]]), exact) == pytest.approx(1 / 3)
+    assert audit.overlap(np.full((1, 1, 4), -1), np.full((1, 1, 4), -1)) == 1
+
+
+def test_auto_chooses_by_use():
+    costs = auto.Costs()
+    small = auto.estimate(2_000, 64, 512, 512, costs)
+    large = auto.estimate(1_000_000, 64, 512, 512, costs)
+    sealed = auto.estimate(1_000_000, 64, 1, 0, costs)
+    assert min(small, key=small.get) == "exact"
+    assert min(large, key=large.get) == "ivf"
+    assert sealed["hnsw"] < sealed["exact"]
+    assert auto.estimate(1_000_000, 64, 1, 512, costs)["hnsw"] > sealed["hnsw"]
+
+
+def test_auto_changes_its_mind_and_says_so(small, rng, monkeypatch):
+    memory, _ = filled("auto", rng)
+    queries = clustered(rng, 4)[None, None]
+    before = memory.search(queries, 5)
+    index = memory._rows[0].index
+    index.costs = auto.Costs(lists=1e-6, trained=1e-6)
+    for _ in range(4):
+        memory.search(queries, 5)
+    assert index.name == "ivf"
+    assert "auto: ivf" in memory.explain()
+    after = memory.search(queries, 5)
+    assert audit.overlap(after.positions, before.positions) >= 0.8
+
+
+@pytest.mark.parametrize("index", ["exact", *APPROXIMATE])
+def test_many_threads_may_read_at_once(small, rng, index):
+    memory, keys = filled(index, rng)
+    queries = clustered(rng, 6)[None, None]
+    exact = perdure.top_k(queries[0, 0], keys[0, 0, 300:], 5)
+    failures = []
+
+    def ask():
+        try:
+            for _ in range(10):
+                near = memory.search(queries, 5)
+                assert audit.overlap(near.positions[0, 0] - 300, exact.positions) >= 0.7
+        except Exception as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=ask) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("bad", [0, 1.5, -1, np.nan, "0.9"])
+def test_impossible_recalls_are_refused(bad):
+    with pytest.raises(perdure.ArgumentError):
+        perdure.KNNMemory(1, 1, 1, 1, target_recall=bad)
