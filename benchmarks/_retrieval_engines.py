@@ -28,12 +28,13 @@ class Ring:
 
 
 class Product(Ring):
-    """The float32 product of queries and keys alone, into an array that is there already: no result, a limit."""
+    """The float32 product of queries and keys alone, in blocks whose scores stay in cache: no result, a limit."""
 
     def search(self, queries: np.ndarray, k: int) -> None:
-        if getattr(self, "out", np.empty((0, 0))).shape[0] != len(queries):
-            self.out = np.empty((len(queries), len(self.keys)), np.float32)
-        np.matmul(queries, self.keys.T, out=self.out)
+        scores = np.empty((len(queries), min(2048, len(self.keys))), np.float32)
+        for first in range(0, len(self.keys), scores.shape[1]):
+            keys = self.keys[first : first + scores.shape[1]]
+            np.matmul(queries, keys.T, out=scores[:, : len(keys)])
 
 
 class NumPy(Ring):

@@ -1,9 +1,9 @@
 """Retrieval side by side: perdure's indexes beside the libraries one would use otherwise, and beside the product alone.
 
-All take turns in one process on one thread, so that a noisy machine slows all alike. A step is what a memory does for
-every segment: 512 new keys in, the 512 oldest out, 512 queries. Medians over rounds; ratios to the float32 product of
-queries and keys, which every exact method without a trick has to compute. Prints a table, and keeps it with a picture
-and a description of the machine in benchmarks/results/.
+All take turns in one process on one thread, and CPU time is measured, so that a busy machine slows all alike. A step
+is what a memory does for every segment: 512 new keys in, the 512 oldest out, 512 queries. Medians over rounds; ratios
+to the float32 product of queries and keys, which every exact method without a trick has to compute. Prints a table, and
+keeps it with a picture and a description of the machine in benchmarks/results/.
 
     nox -s bench -- retrieval --data=clusters,normal,attention --keys=8192,65536 --rounds=7
 """
@@ -37,9 +37,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def timed(function: Any, *args: Any) -> tuple[float, Any]:
-    started = time.perf_counter()
+    started = time.process_time()
     result = function(*args)
-    return time.perf_counter() - started, result
+    return time.process_time() - started, result
 
 
 def measure(data: str, n: int, d: int, rounds: int, slow: bool) -> list[dict[str, Any]]:
