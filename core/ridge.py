@@ -52,7 +52,7 @@ class Cache:
             return value
 
     def start_anew(self) -> None:
-        """Empty, with a lock of its own: for a forked child, where another thread may have held the old one for ever."""
+        """Empty, with a lock of its own: for a forked child, where no thread may be left to free the old one."""
         self._lock = threading.RLock()
         self.clear()
 
