@@ -152,8 +152,11 @@ class USearch(Ring):
         return np.asarray(found.keys, np.int64).reshape(len(queries), -1)
 
 
-def engines(keys: np.ndarray, slow: bool) -> dict[str, Any]:
-    """Every engine whose package is installed, over `keys`; the graphs only where building them is bearable."""
+def engines(keys: np.ndarray, slow: bool, only: str = "") -> dict[str, Any]:
+    """Every engine whose package is installed, over `keys`; the graphs only where building them is bearable.
+
+    `only` names, by their beginnings, those to take beside the first.
+    """
     lists = 1 << round(np.log2(np.sqrt(len(keys))))
     makers: dict[str, Any] = {
         "float32 product alone": lambda: Product(keys),
@@ -169,6 +172,8 @@ def engines(keys: np.ndarray, slow: bool) -> dict[str, Any]:
         makers["perdure hnsw"] = lambda: Perdure(keys, index="hnsw")
         makers["hnswlib ef 128"] = lambda: Graph(keys, 128)
         makers["usearch ef 128"] = lambda: USearch(keys, 128)
+    wanted = tuple(only.split(","))
+    makers = {name: maker for name, maker in makers.items() if name.startswith(("float32", *wanted))}
     made = {}
     for name, maker in makers.items():
         try:

@@ -100,8 +100,7 @@ class IVFIndex:
         if lists is None:
             scores, positions = self.by_formula(row, asked, k, best)
         else:
-            found = [made.search(asked[h], k, best[h], row.oldest) for h, made in enumerate(lists)]
-            scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
+            scores, positions = type(lists[0]).search_all(lists, asked, k, best, row.oldest)
         self.complete(row, queries, scores, positions)
         if self.audit.due() and queries.shape[1]:
             some = audited(queries.shape[1])
