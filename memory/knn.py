@@ -367,7 +367,7 @@ class KNNMemory(Savable):
             for i, row in enumerate(self._rows):
                 arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
                 arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
-        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype")
+        names: tuple[str, ...] = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype")
         names += ("index", "target_recall", "max_norm", "seed")
         return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
 
