@@ -66,7 +66,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests against the built wheel; the Numba kernels once more as plain Python, where bounds are checked."""
-    install_wheel(session, "transformers", "plot", "store")
+    install_wheel(session, "all")
     install_group(session, "test")
     if not session.posargs:
         few = ("tests/test_conformance.py", "-k", "numba", "--hypothesis-profile=brief")
@@ -106,7 +106,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation: every example is run, then the pages are built; a warning is an error. See docs/_build."""
-    install_wheel(session, "transformers", "plot", "store")
+    install_wheel(session, "all")
     install_group(session, "docs")
     for builder in ("doctest", "html"):
         session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", builder, "docs", f"docs/_build/{builder}")
@@ -119,7 +119,7 @@ def bench(session: nox.Session) -> None:
     chosen = [word for word in session.posargs if not word.startswith("-")] or list(known)
     if unknown := [name for name in chosen if name not in known]:
         session.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
-    install_wheel(session, "transformers", "plot", "store")
+    install_wheel(session, "all")
     install_group(session, "test")
     options = [word for word in session.posargs if word.startswith("-")]
     slowing = {"OPENBLAS_CORETYPE": None, "OPENBLAS_L2_SIZE": None}  # where set, peers would run below their speed

@@ -162,6 +162,7 @@ def test_checkpointed_gradients_are_the_same_and_memory_steps_once(name):
     "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"
 )  # array-api-compat's
 def test_compiles_into_one_graph(name):
+    torch._dynamo.reset()  # what other tests compiled counts against the limit of recompilations
     layer, x = build(name), tokens(2, 4 * SEGMENT)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     memory = expected_memory = None

@@ -12,19 +12,29 @@ import numpy as np
 import perdure
 
 
+WARM, ENOUGH = 400, 8  # rounds before the clock starts, 33 a memory of 10 segments; and samples at the end
+
+
 def resident():
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 def soak(count, seed):
-    """`count` seconds of writes, reads, commits, clears and checkpoints on 12 memories, of which few stay open."""
+    """`count` seconds of writes, reads, commits, clears and checkpoints on 12 memories, of which few stay open.
+
+    They begin when every memory has been filled once, and go on until there are samples enough to see a trend.
+    """
     rng = np.random.default_rng(seed)
     shape = {"kind": "knn", "rows": 1, "heads": 2, "dim": 16, "capacity": 2000}
     samples, latencies, rounds, most = [], [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder, perdure.open(folder + "/store", cache=3 << 20) as store:
         started = time.monotonic()
-        while time.monotonic() - started < count:
+        while rounds <= WARM or time.monotonic() - started < count or len(samples) < ENOUGH:
+            if rounds == WARM:
+                started = time.monotonic()
+                samples.clear()
+                latencies.clear()
             name = f"{rng.integers(12)}"
             memory = store.memory(name, **shape)
             keys = rng.standard_normal((1, 2, 200, 16)).astype(np.float32)
