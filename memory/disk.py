@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     FileError
-        Not the path of anything.
+        Not the path of anything, or a system without the calls that durability needs.
     """
+    if not hasattr(os, "preadv"):
+        raise FileError("path", "Linux or macOS", sys.platform, "Keep the memory's state_dict yourself here.")
     try:
         made = Path(path)
         os.fsencode(made)

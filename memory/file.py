@@ -136,7 +136,7 @@ class Savable:
     """Gives a memory its `save`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save to one file, durably and checksummed; `perdure.load` gives the memory back.
+        """Save to one file at `path`, durably and checksummed; `perdure.load` gives the memory back.
 
         Raises
         ------

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class StoredMemory(Savable):
     """A memory of a store: it is written, read and cleared like any other; `Store.commit` makes that durable.
 
-    Every other public method and attribute is that of the memory itself: `read`, `search`, `capacity`, and so on.
+    Every other public method and attribute is that of the memory itself: `read`, `search`, `capacity`, and so on. Only
+    `Store.memory` makes one, from its `store` and its `entry` there.
     """
 
     __slots__ = ("_entry", "_store")
@@ -81,7 +82,7 @@ class StoredMemory(Savable):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> StoredMemory:
-        """Not offered: a stored memory comes from its store.
+        """Not offered: a stored memory comes from its store, and no `state` makes one.
 
         Raises
         ------
@@ -90,7 +91,7 @@ class StoredMemory(Savable):
         raise ArgumentError("state", "a store", "a state_dict", "Use store.memory(name), or the memory's own class.")
 
     def save(self, path: Any) -> None:
-        """Save a copy to one file, as `perdure.save` does.
+        """Save a copy to one file at `path`, as the memory itself would.
 
         Raises
         ------

@@ -111,18 +111,18 @@ def refused(path, match, **options):
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_every_flipped_byte_of_the_header_is_noticed(saved, tmp_path, mmap):
+def test_flipped_bytes_of_the_header_are_noticed(saved, tmp_path, mmap):
     whole = saved.read_bytes()
-    for place in range(8 + int.from_bytes(whole[:8], "little")):
+    for place in (*range(64), *range(64, 8 + int.from_bytes(whole[:8], "little"), 5)):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         (tmp_path / "damaged").write_bytes(damaged)
         refused(tmp_path / "damaged", "damaged", mmap=mmap)
 
 
-def test_every_flipped_byte_of_the_arrays_is_noticed(saved, tmp_path):
+def test_flipped_bytes_of_the_arrays_are_noticed(saved, tmp_path):
     whole = saved.read_bytes()
-    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole)):
+    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         (tmp_path / "damaged").write_bytes(damaged)

@@ -224,7 +224,7 @@ def test_every_argument_of_a_public_function_is_documented():
             continue
         arguments = [p for p in inspect.signature(thing).parameters if p not in ("self", "cls")]
         text = inspect.getdoc(thing) or ""
-        documented = documented_parameters(text).keys() | set(re.findall(r"`(\w+)`", text))
+        documented = documented_parameters(text).keys() | set(re.findall(r"(?:`|\*)(\w+)", text))
         missing += [f"{name}: {a}" for a in arguments if a not in documented]
     assert missing == []
 

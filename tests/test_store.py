@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from perdure.memory.protocol import Memory
 
 import perdure
 
+FIXTURES = Path(__file__).parent / "fixtures"
 CONFIG = {"rows": 2, "heads": 2, "dim": 4, "capacity": 40}
 SHAPE = {"kind": "knn", "clip": None, **CONFIG}
 
@@ -275,6 +277,37 @@ def test_a_stored_memory_is_a_memory(path, tmp_path):
             memory.capacity = 3
         with pytest.raises(perdure.ArgumentError, match="store"):
             type(memory).from_state_dict({})
+
+
+def filled_for_fixture(store):
+    """What tests/fixtures/store-1 was made with: numbers that follow from their place alone."""
+    keys = np.arange(2 * 2 * 300 * 4, dtype=np.float32).reshape(2, 2, 300, 4) / 64 - 1
+    memory = store.memory("a", **SHAPE | {"capacity": 1000})
+    memory.write(keys, keys, tags=3)  # large enough for the file of bodies
+    store.commit()
+    memory.write(keys[:, :, :5], keys[:, :, :5], tags=4, source="page")
+    memory.clear([1])
+    store.memory("../b", kind="continuous", rows=1, dim=4, basis=8).write(keys[:1, 0])
+    store.commit()
+
+
+@pytest.mark.parametrize("old", sorted(FIXTURES.glob("store-*")), ids=lambda old: old.name)
+def test_stores_of_every_version_open(path, tmp_path, old):
+    shutil.copytree(old, path)
+    with perdure.open(path) as store, perdure.open(tmp_path / "new") as new:
+        store.verify()
+        filled_for_fixture(new)
+        assert store.names() == ["../b", "a"]
+        found, expected = (s.memory("a").state_dict() for s in (store, new))
+        for name in ("written", "rows.0.keys", "rows.0.values", "rows.0.tags"):
+            assert np.array_equal(found[name], expected[name]), name
+        found, expected = (s.memory("../b").state_dict()["coefficients"] for s in (store, new))
+        assert np.allclose(found, expected, atol=1e-4)
+        store.checkpoint()
+
+
+def test_there_is_a_fixture_of_the_current_version():
+    assert (FIXTURES / f"store-{engine.VERSION}").is_dir()
 
 
 # ---- forgetting -----------------------------------------------------------------------------------------------------
