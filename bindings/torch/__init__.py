@@ -4,10 +4,9 @@ A layer's state_dict holds parameters only; what it remembers is a state of its 
 buffers and no load_state_dict can touch.
 """
 
-from ...backends.arrays import optional_import
+from ...backends.registry import load
 
-optional_import("torch", extra="torch")
-optional_import("array_api_compat.torch", extra="torch")  # now, because torch.compile traces no import later
+load("torch")  # or MissingPackageError; and now, because torch.compile traces no import later
 
 from .compressive import CompressiveAttention, CompressiveState  # noqa: E402
 from .continuous import ContinuousAttention, ContinuousState  # noqa: E402
