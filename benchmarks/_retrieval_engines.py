@@ -28,12 +28,13 @@ class Ring:
 
 
 class Product(Ring):
-    """The float32 product of queries and keys alone, into an array that is there already: no result, a limit."""
+    """The float32 product of queries and keys alone, in blocks whose scores stay in cache: no result, a limit."""
 
     def search(self, queries: np.ndarray, k: int) -> None:
-        if getattr(self, "out", np.empty((0, 0))).shape[0] != len(queries):
-            self.out = np.empty((len(queries), len(self.keys)), np.float32)
-        np.matmul(queries, self.keys.T, out=self.out)
+        scores = np.empty((len(queries), min(2048, len(self.keys))), np.float32)
+        for first in range(0, len(self.keys), scores.shape[1]):
+            keys = self.keys[first : first + scores.shape[1]]
+            np.matmul(queries, keys.T, out=scores[:, : len(keys)])
 
 
 class NumPy(Ring):
@@ -151,8 +152,11 @@ class USearch(Ring):
         return np.asarray(found.keys, np.int64).reshape(len(queries), -1)
 
 
-def engines(keys: np.ndarray, slow: bool) -> dict[str, Any]:
-    """Every engine whose package is installed, over `keys`; the graphs only where building them is bearable."""
+def engines(keys: np.ndarray, slow: bool, only: str = "") -> dict[str, Any]:
+    """Every engine whose package is installed, over `keys`; the graphs only where building them is bearable.
+
+    `only` names, by their beginnings, those to take beside the first.
+    """
     lists = 1 << round(np.log2(np.sqrt(len(keys))))
     makers: dict[str, Any] = {
         "float32 product alone": lambda: Product(keys),
@@ -168,6 +172,8 @@ def engines(keys: np.ndarray, slow: bool) -> dict[str, Any]:
         makers["perdure hnsw"] = lambda: Perdure(keys, index="hnsw")
         makers["hnswlib ef 128"] = lambda: Graph(keys, 128)
         makers["usearch ef 128"] = lambda: USearch(keys, 128)
+    wanted = tuple(only.split(","))
+    makers = {name: maker for name, maker in makers.items() if name.startswith(("float32", *wanted))}
     made = {}
     for name, maker in makers.items():
         try:

@@ -1,9 +1,9 @@
 """Retrieval side by side: perdure's indexes beside the libraries one would use otherwise, and beside the product alone.
 
-All take turns in one process on one thread, so that a noisy machine slows all alike. A step is what a memory does for
-every segment: 512 new keys in, the 512 oldest out, 512 queries. Medians over rounds; ratios to the float32 product of
-queries and keys, which every exact method without a trick has to compute. Prints a table, and keeps it with a picture
-and a description of the machine in benchmarks/results/.
+All take turns in one process on one thread, and CPU time is measured, so that a busy machine slows all alike. A step
+is what a memory does for every segment: 512 new keys in, the 512 oldest out, 512 queries. Medians over rounds; ratios
+to the float32 product of queries and keys, which every exact method without a trick has to compute. Prints a table, and
+keeps it with a picture and a description of the machine in benchmarks/results/.
 
     nox -s bench -- retrieval --data=clusters,normal,attention --keys=8192,65536 --rounds=7
 """
@@ -37,16 +37,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def timed(function: Any, *args: Any) -> tuple[float, Any]:
-    started = time.perf_counter()
+    started = time.process_time()
     result = function(*args)
-    return time.perf_counter() - started, result
+    return time.process_time() - started, result
 
 
-def measure(data: str, n: int, d: int, rounds: int, slow: bool) -> list[dict[str, Any]]:
+def measure(data: str, n: int, d: int, rounds: int, slow: bool, only: str) -> list[dict[str, Any]]:
     """One row a method: medians in milliseconds of step, search and single search, and the recall of the searches."""
     more = (rounds + 2) * SEGMENT
     keys, queries = DATA[data](n + more, d, np.random.default_rng(0))
-    made, exact = engines(keys[:n], slow), Perdure(keys[:n])
+    made, exact = engines(keys[:n], slow, only), Perdure(keys[:n])
     times: dict[str, dict[str, list[float]]] = {name: {"insert": [], "search": [], "one": []} for name in made}
     recalls: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(rounds + 2):  # the first two compile, train and tune
@@ -141,17 +141,19 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--graphs", action="store_true", help="also hnswlib and usearch, which take long to build")
+    parser.add_argument("--only", default="", help="engines by the beginnings of their names")
+    parser.add_argument("--keep", default="retrieval", help="name of the files in benchmarks/results/")
     options = parser.parse_args()
     warnings.simplefilter("ignore", perdure.RecallWarning)
     table = []
     for data in options.data.split(","):
         for n in map(int, options.keys.split(",")):
-            table += measure(data, n, options.dim, options.rounds, options.graphs)
+            table += measure(data, n, options.dim, options.rounds, options.graphs, options.only)
             print(show(table[-1:] if len(table) == 1 else [r for r in table if (r["data"], r["keys"]) == (data, n)]))
     RESULTS.mkdir(exist_ok=True)
     report = {"machine": machine(), "segment": SEGMENT, "k": K, "rounds": options.rounds, "results": table}
-    (RESULTS / "retrieval.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    plot(table, RESULTS / "retrieval.png")
+    (RESULTS / f"{options.keep}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    plot(table, RESULTS / f"{options.keep}.png")
 
 
 if __name__ == "__main__":

@@ -419,6 +419,7 @@ class ContinuousMemory(Savable):
         memory._coefficients = required(
             arrays, "coefficients", (memory.rows, len(basis), memory.dim), np.dtype(memory.dtype)
         )
+        checks.finite(**{"state['coefficients']": memory._coefficients})
         memory._written = required(arrays, "written", (memory.rows,), np.int64)
         memory._timeline.tokens = required(arrays, "shown", (memory.rows, KNOTS), np.float64)
         if (memory._written < 0).any():

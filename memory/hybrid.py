@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -100,7 +100,9 @@ class HybridMemory(Savable):
         self.older = ContinuousMemory(rows, width, contraction=contraction, segment=segment, **settings)
         self._used = [np.zeros(0) for _ in range(rows)]  # attention each exact token drew, the oldest first
         self._looked = np.zeros((rows, self.slots))  # attention that fell on each place of the signal since its write
-        self._places: dict[int, tuple[np.ndarray, ...]] = {}  # by row: the signal as `read` looks at it
+        self._places: dict[
+            int, tuple[np.ndarray, np.ndarray, np.ndarray]
+        ] = {}  # by row: the signal as `read` looks at it
         self.written = np.zeros(rows, np.int64)  # tokens in each row's whole history
 
     @property
@@ -218,7 +220,8 @@ class HybridMemory(Savable):
         """
         scale = 1 / math.sqrt(self.dim) if scale is None else scale
         near = self.recent.read(queries, k, scale, rows)
-        chosen, found = listed(rows, self.rows), near.neighbours
+        chosen = listed(rows, self.rows)
+        found = cast(Neighbours, near.neighbours)  # a KNNMemory always says what it found
         dtype = self.recent.computing
         asked = to_numpy(queries).astype(dtype).reshape(len(chosen), self.heads, -1, self.dim)  # (rows, heads, g q, d)
         near_lse = to_numpy(near.lse).reshape(asked.shape[:3])

@@ -25,6 +25,10 @@ from .state import pack, required, unpack
 from .storage import DTYPES, computing, decode, encode
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
+CONFIG = (
+    *("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype"),
+    *("index", "target_recall", "max_norm", "seed"),
+)  # the arguments that a state holds
 
 
 class KNNMemory(Savable):
@@ -367,9 +371,7 @@ class KNNMemory(Savable):
             for i, row in enumerate(self._rows):
                 arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
                 arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
-        names: tuple[str, ...] = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype")
-        names += ("index", "target_recall", "max_norm", "seed")
-        return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
+        return pack("KNNMemory", {name: getattr(self, name) for name in CONFIG}, arrays)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:

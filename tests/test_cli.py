@@ -232,6 +232,25 @@ def test_no_traceback_reaches_the_user():
     ]
 
 
+@pytest.mark.parametrize(
+    ("package", "extra"), [("torch", "transformers"), ("transformers", "transformers"), ("matplotlib", "plot")]
+)
+def test_a_missing_package_is_named_with_its_install_line(package, extra):
+    path = os.pathsep.join([str(Path(perdure.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = f"""
+import sys
+sys.modules["{package}"] = None  # importing it now fails as if it were not installed
+from perdure.__main__ import main
+sys.exit(main(["demo"]))
+"""
+    argv = [sys.executable, "-c", code]
+    result = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"perdure demo: {package}: expected an installed package, got none")
+    assert result.stderr.endswith(f'Run: pip install "perdure[{extra}]"\n')
+    assert result.stderr.count("\n") == 1
+
+
 def test_an_interruption_ends_with_130(monkeypatch, capsys):
     def interrupt(self):
         raise KeyboardInterrupt

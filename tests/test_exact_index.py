@@ -287,6 +287,36 @@ def test_codes_give_way_where_keys_are_all_alike(rng):
                 assert (kept.panels is not None) == (turn not in (0, 4, 8))
 
 
+@pytest.mark.skipif(bool(config.DISABLE_JIT) or not machine.is_x86(), reason="compiles for x86")
+def test_the_tile_of_codes_compiles_to_one_instruction_with_vnni():
+    """Not run, for few machines could: compiled for one that has it, it takes that instruction for every sum."""
+    program = """
+from numba import njit, types
+from perdure.backends.numba import code_tile, machine
+assert machine.dots() and machine.register_bytes() == 64 and machine.registers() == 32
+inner = code_tile.make_code_tile(*code_tile.MANY)
+run = njit(lambda c, s, e, z, p, a, t, r, m, g, b, low, high, hits: inner(
+    c, s, e, z, p, a, t, r, m, g, b, low, high, hits
+))
+f4, i8, array = types.float32, types.int64, lambda kind, axes: types.Array(kind, axes, "C")
+three, one = [array(f4, 2)] * 3, array(f4, 1)
+asked = (array(types.int8, 3), array(types.int32, 1), one, one)
+run.compile((array(types.uint8, 3), *three, i8, *asked, i8, one, one, one, array(i8, 1)))
+assembly = "".join(run.inspect_asm().values())
+panels, queries = code_tile.MANY
+assert assembly.count("vpdpbusd") >= 2 * panels * queries, assembly.count("vpdpbusd")
+assert "vpmaddubsw" not in assembly
+"""
+    features = ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c", "lzcnt", "popcnt")
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "cascadelake",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in features),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_panels_start_on_cache_lines():
     made = panels.empty_panels(5, 3, np.float32, np.float32)
     assert made.ctypes.data % 64 == 0

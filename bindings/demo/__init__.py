@@ -36,11 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     settings = Settings.parsed(arguments)
     document = settings.document()
-    for package in ("torch", "transformers"):
-        optional_import(package, extra="transformers")
-    from .report import plotting
-
-    plotting()
+    for module, extra in (("torch", "transformers"), ("transformers", "transformers"), ("matplotlib.figure", "plot")):
+        optional_import(module, extra)
     from ..pretrained import smollm2
     from .show import show
 

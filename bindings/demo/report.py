@@ -63,19 +63,9 @@ def passage(ids: torch.Tensor, token: int, tokenizer: Any, after: int) -> str:
     return f"…{before}«{here}»{rest}" + ("…" if after else "")
 
 
-def plotting() -> Any:
-    """matplotlib, without a window and without global state.
-
-    Raises
-    ------
-    MissingPackageError
-    """
-    return optional_import("matplotlib.figure", extra="plot")
-
-
 def save_plot(results: list[Result], settings: Settings, title: str) -> Path:
-    """Perplexity of every method, and how it develops along the document."""
-    figure = plotting().Figure(figsize=(11, 4.5), layout="constrained")
+    """Perplexity of every method, and how it develops along the document; drawn without a window or global state."""
+    figure = optional_import("matplotlib.figure", extra="plot").Figure(figsize=(11, 4.5), layout="constrained")
     bars, curves = figure.subplots(1, 2, width_ratios=(1, 1.6))
     names, values = [r.name for r in results], [r.perplexity(settings.window) for r in results]
     colours = [f"C{i}" for i in range(len(results))]

@@ -12,6 +12,7 @@ optional_import("array_api_compat.torch", extra="torch")  # now, because torch.c
 from .compressive import CompressiveAttention, CompressiveState  # noqa: E402
 from .continuous import ContinuousAttention, ContinuousState  # noqa: E402
 from .memorizing import KNNState, MemorizingAttention  # noqa: E402
+from .segments import SegmentedAttention  # noqa: E402
 from .state import State  # noqa: E402
 from .transformer import MemoryTransformer  # noqa: E402
 from .transformer_xl import RecurrentState, TransformerXLAttention  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "MemorizingAttention",
     "MemoryTransformer",
     "RecurrentState",
+    "SegmentedAttention",
     "State",
     "TransformerXLAttention",
 ]
