@@ -30,7 +30,7 @@ def kill(count, seed, under="durable", rounds_per_store=15):
             finally:
                 os._exit(1)
         os.close(writing)
-        time.sleep(rng.random() ** 2 * 0.3)
+        time.sleep(rng.random() ** 2 * 0.15)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         with open(reading, "rb") as pipe:
