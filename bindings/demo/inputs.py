@@ -14,7 +14,7 @@ from ...core import checks
 
 TOKENS, MEMORY, LAYERS, FOLDER = 4096, "512,2048,4096", "all", "demo-output"
 WINDOW = 512
-DEFAULT_FILE = "argparse.py"
+DEFAULT_FILE = "mailbox.py"  # its parts resemble one another: five formats, each with the same methods
 BYTES_PER_TOKEN = 64  # far more than any text needs: how much of a large file is read
 
 

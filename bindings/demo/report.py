@@ -28,24 +28,31 @@ def table(results: list[Result], window: int) -> str:
 
 
 def remembered(results: list[Result], ids: torch.Tensor, tokenizer: Any, window: int) -> str:
-    """The tokens that memory helped most, each with the memory that its prediction drew on most."""
+    """The tokens that memory helped most, each with the memory that its prediction drew on.
+
+    Helped is by how much the probability of the token is above that of any baseline but full attention. Some heads look
+    at something remembered whatever the text; so, of all memories that a prediction drew on, the one shown is that whose
+    weight stands out most from the usual one of the head that looked.
+    """
     with_trace = next(r for r in results if r.trace is not None)
-    baselines = torch.stack([r.losses for r in results if r.trace is None and r.name != "full attention"])
-    gain = baselines.amin(dim=0) - with_trace.losses
-    lines = ["what it remembered: tokens that memory predicted far better than the text at hand could"]
+    others = torch.stack([r.losses for r in results if r.trace is None and r.name != "full attention"])
+    best = torch.exp(-others).amax(dim=0)
+    gain = (torch.exp(-with_trace.losses) - best).nan_to_num(-1.0)
+    usual = with_trace.trace.usual()
+    lines = ["what it remembered: tokens that became likely with memory, and the memory that stood out"]
     chosen: list[int] = []
-    for token in gain.nan_to_num(-np.inf).argsort(descending=True).tolist():
+    for token in gain.argsort(descending=True).tolist():
         if token < window or any(abs(token - other) < APART for other in chosen):
             continue
         draws = with_trace.trace.draws(token - 1)  # the token before predicts it
         if not draws:
             continue
         chosen.append(token)
-        draw = draws[0]
-        probabilities = [np.exp(-float(losses[token])) for losses in (results[0].losses, with_trace.losses)]
+        draw = max(draws, key=lambda d: d.weight - usual[d.layer, d.head])
+        probabilities = f"{best[token]:.1%} at best without memory, {torch.exp(-with_trace.losses[token]):.1%} with it"
         lines += [
             "",
-            f"  token {token}: probability {probabilities[0]:.4f} without memory, {probabilities[1]:.4f} with it",
+            f"  token {token}: probability {probabilities}",
             f"    read        {passage(ids, token, tokenizer, after=0)}",
             f"    remembered  {passage(ids, draw.position, tokenizer, after=AROUND)}",
             f"                token {draw.position}, layer {draw.layer}, head {draw.head}, "

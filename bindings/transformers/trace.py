@@ -100,3 +100,11 @@ class Trace:
                 if draw.position not in strongest or strongest[draw.position].weight < draw.weight:
                     strongest[draw.position] = draw
         return sorted(strongest.values(), key=lambda draw: -draw.weight)
+
+    def usual(self, row: int = 0) -> dict[tuple[int, int], float]:
+        """The mean weight, over all tokens, of what each (layer, head) drew from its nearest memory."""
+        total: dict[tuple[int, int], float] = {}
+        for part in (part for segment in self._segments for part in segment):
+            for head, weight in enumerate(part.weights[row, :, :, 0].sum(axis=1)):
+                total[part.layer, head] = total.get((part.layer, head), 0.0) + float(weight)
+        return {where: weight / self.tokens for where, weight in total.items()}
