@@ -31,8 +31,8 @@ def remembered(results: list[Result], ids: torch.Tensor, tokenizer: Any, window:
     """The tokens that memory helped most, each with the memory that its prediction drew on.
 
     Helped is by how much the probability of the token is above that of any baseline but full attention. Some heads look
-    at something remembered whatever the text; so, of all memories that a prediction drew on, the one shown is that whose
-    weight stands out most from the usual one of the head that looked.
+    at something remembered whatever the text; so, of all memories that a prediction drew on, the one shown is that
+    whose weight stands out most from the usual one of the head that looked.
     """
     with_trace = next(r for r in results if r.trace is not None)
     others = torch.stack([r.losses for r in results if r.trace is None and r.name != "full attention"])

@@ -12,19 +12,13 @@ import numpy as np
 import perdure
 
 
-WARM, ENOUGH = 400, 8  # rounds before the clock starts, 33 a memory of 10 segments; and samples at the end
-
-
 def resident():
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 def soak(count, seed):
-    """`count` seconds of writes, reads, commits, clears and checkpoints on 12 memories, of which few stay open.
-
-    They begin when every memory has been filled once, and go on until there are samples enough to see a trend.
-    """
+    """`count` seconds of writes, reads, commits, clears and checkpoints on 12 memories, of which few stay open."""
     rng = np.random.default_rng(seed)
     shape = {"kind": "knn", "rows": 1, "heads": 2, "dim": 16, "capacity": 500}
     samples, latencies, rounds, most = [], [], 0, 0.0
@@ -36,11 +30,7 @@ def soak(count, seed):
             memory.read(keys[:, :, :4], k=8)
         store.checkpoint()
         started = time.monotonic()
-        while rounds <= WARM or time.monotonic() - started < count or len(samples) < ENOUGH:
-            if rounds == WARM:
-                started = time.monotonic()
-                samples.clear()
-                latencies.clear()
+        while time.monotonic() - started < count:
             name = f"{rng.integers(12)}"
             memory = store.memory(name, **shape)
             keys = rng.standard_normal((1, 2, 200, 16)).astype(np.float32)
