@@ -1,8 +1,8 @@
 """Which index? The one whose step costs least, by what the memory is used for: its size, its reads and its writes.
 
 A step is one write of w tokens and one search of q queries among n keys of d components. Costs are counted in
-multiply-adds of exact search, so that only the ratios below depend on the machine; they were measured with
-benchmarks/retrieval.py and may be given.
+multiply-adds of exact search, so that only the ratios in `Costs` depend on the machine; they are estimates, in line
+with benchmarks/retrieval.py on one machine, and not measured anew on each.
 """
 
 from __future__ import annotations
