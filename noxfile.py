@@ -3,6 +3,7 @@
     nox                               lint, types and tests, as continuous integration does
     nox -s demo                       a real model reads a real document, without and with memory
     nox -s tests -- -k retrieval -x   what follows `--` goes to pytest
+    nox -s reliability                kills, faults and damaged files by the hundred thousand, for hours
     nox -s bench -- NAME              one benchmark; without a name, all of them
 
 Every installation obeys constraints.txt, the one file of pins, and environments are kept between runs.
@@ -65,12 +66,20 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests against the built wheel; the Numba kernels once more as plain Python, where bounds are checked."""
-    install_wheel(session, "transformers", "plot")
+    install_wheel(session, "all")
     install_group(session, "test")
     if not session.posargs:
         few = ("tests/test_conformance.py", "-k", "numba", "--hypothesis-profile=brief")
         session.run("pytest", *few, env={"NUMBA_DISABLE_JIT": "1"})
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def reliability(session: nox.Session) -> None:
+    """What durability promises, for hours; or `-- kill --count 500 --seed 7`, or `-- --share 0.01` of all."""
+    install_wheel(session, "store")
+    with session.chdir("tests"):
+        session.run("python", "-m", "reliability", *session.posargs)
 
 
 @nox.session
@@ -97,7 +106,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation: every example is run, then the pages are built; a warning is an error. See docs/_build."""
-    install_wheel(session, "transformers", "plot")
+    install_wheel(session, "all")
     install_group(session, "docs")
     for builder in ("doctest", "html"):
         session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", builder, "docs", f"docs/_build/{builder}")
@@ -110,7 +119,7 @@ def bench(session: nox.Session) -> None:
     chosen = [word for word in session.posargs if not word.startswith("-")] or list(known)
     if unknown := [name for name in chosen if name not in known]:
         session.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
-    install_wheel(session, "transformers", "plot")
+    install_wheel(session, "all")
     install_group(session, "test")
     options = [word for word in session.posargs if word.startswith("-")]
     slowing = {"OPENBLAS_CORETYPE": None, "OPENBLAS_L2_SIZE": None}  # where set, peers would run below their speed

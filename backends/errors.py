@@ -67,3 +67,15 @@ class RecallError(PerdureError, RuntimeError):
 
 class RecallWarning(UserWarning):
     """An approximate index that finds fewer of the nearest than was asked for."""
+
+
+class StoreError(FileError):
+    """A durable store that cannot do what was asked now: held by another writer, out of space, or closed."""
+
+
+class QuotaError(PerdureError):
+    """A write that would exceed a quota; nothing of it has been kept."""
+
+
+class ForkError(PerdureError, RuntimeError):
+    """Something that does not survive a fork, used in the child."""

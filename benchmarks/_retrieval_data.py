@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 LAYER, HEAD = 9, 0  # whose keys: a third of the way up, like the memory layer of Memorizing Transformers
+READ = 73728  # tokens are read in multiples of this, so that what was read can be used again
 CHUNK = 1024  # tokens the model reads at once
 
 
@@ -42,13 +43,14 @@ def attention(n: int, d: int, rng: np.random.Generator) -> tuple[np.ndarray, np.
     """
     if d != 64:
         raise SystemExit("the model's heads are 64 wide: run with --dim=64")
-    place = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "perdure" / f"attention-{n}.npz"
+    many = -(-n // READ) * READ
+    place = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "perdure" / f"attention-{many}.npz"
     if not place.exists():
-        keys, queries = read_by_model(n)
+        keys, queries = read_by_model(many)
         place.parent.mkdir(parents=True, exist_ok=True)
         np.savez(place, keys=keys, queries=queries)
     with np.load(place) as kept:
-        keys, queries = kept["keys"], kept["queries"]
+        keys, queries = kept["keys"][:n], kept["queries"][:n]
     return tuple(a / np.linalg.norm(a, axis=1, keepdims=True) for a in (keys, queries))
 
 

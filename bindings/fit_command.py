@@ -135,8 +135,8 @@ def _read_csv(path: Path) -> np.ndarray:
     """Rows of numbers separated by commas, semicolons, tabs or blanks; a first line that holds none is a header."""
     with path.open(encoding="utf-8-sig") as source:
         lines = [line.strip() for line in source]
-    rows = [line.replace(";", ",").replace("\t", ",") for line in lines if line and not line.startswith("#")]
-    rows = [line.split(",") if "," in line else line.split() for line in rows]
+    kept = (line.replace(";", ",").replace("\t", ",") for line in lines if line and not line.startswith("#"))
+    rows = [line.split(",") if "," in line else line.split() for line in kept]
     if rows and not _is_number(rows[0][0]):
         rows = rows[1:]
     return np.array([[float(field) for field in row] for row in rows])

@@ -6,6 +6,7 @@ inverse of the original code recalls a signal 5 to 15 % wrong at N = 1024; float
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -50,6 +51,11 @@ class Cache:
                 self.nbytes -= self._held.popitem(last=False)[1][1]
             return value
 
+    def start_anew(self) -> None:
+        """Empty, with a lock of its own: for a forked child, where no thread may be left to free the old one."""
+        self._lock = threading.RLock()
+        self.clear()
+
     def clear(self) -> None:
         """Let everything go."""
         with self._lock:
@@ -61,6 +67,8 @@ class Cache:
 
 
 CACHE = Cache(CACHE_BYTES)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=CACHE.start_anew)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,13 +13,15 @@ from ..backends.exchange import like as like_of
 from ..backends.exchange import to_numpy
 from ..core import checks
 from ..core.compression import METHODS, checked_weights, compress
+from .file import Savable
+from .lock import ReadWriteLock, exclusive, shared
 from .recurrent import DTYPES, restore_window, segment, window_arrays
 from .rows import detached, listed
 from .state import pack, unpack
 from .window import States, Window
 
 
-class CompressiveMemory:
+class CompressiveMemory(Savable):
     """The newest `capacity` states of every row, and before them `compressed` summaries of `rate` older states each.
 
     Parameters
@@ -73,6 +75,7 @@ class CompressiveMemory:
         weights: tuple[Any, ...] = (),
         dtype: str = "float32",
     ):
+        self._lock = ReadWriteLock()
         self.rows, self.dim = checks.count("rows", rows), checks.count("dim", dim)
         self.capacity, self.compressed = checks.count("capacity", capacity), checks.count("compressed", compressed)
         self.rate, self.method = checks.count("rate", rate), checks.choice("method", method, METHODS)
@@ -92,6 +95,7 @@ class CompressiveMemory:
         """Bytes of all states."""
         return self._recent.nbytes + self._older.nbytes
 
+    @exclusive
     def write(self, x: Any, rows: Sequence[int] | None = None, mask: Any = None) -> None:
         """Append hidden states; what exceeds the capacity is compressed, block by block.
 
@@ -136,6 +140,7 @@ class CompressiveMemory:
         checked_weights(self.method, self.rate, self.dim, self.weights)
         return tuple(like_of(to_numpy(detached(w)), x, x.dtype) for w in self.weights)
 
+    @exclusive
     def attended(self, weights: Any, rows: Sequence[int] | None = None) -> None:
         """Note how much attention each recent state drew; "most_used" keeps those that drew most.
 
@@ -162,6 +167,7 @@ class CompressiveMemory:
             raise ArgumentError("weights", "finite mass of at least 0", "other", "Pass softmax weights.")
         self._recent.usage[chosen, self._recent.width - m :] += mass
 
+    @shared
     def read(self, like: Any = None, rows: Sequence[int] | None = None) -> States:
         """All states of every row, to attend to before those of the present segment: compressed first, then recent.
 
@@ -186,6 +192,7 @@ class CompressiveMemory:
         xp = namespace(like)
         return States(xp.concat([older.states, recent.states], axis=1), xp.concat([older.mask, recent.mask], axis=1))
 
+    @exclusive
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows`, or in all of them.
 
@@ -196,6 +203,7 @@ class CompressiveMemory:
         for window in (self._recent, self._older):
             window.clear(listed(rows, self.rows))
 
+    @shared
     def state_dict(self) -> dict[str, np.ndarray]:
         """States, counts and weights as a flat dict of arrays; "config" holds the rest as JSON bytes."""
         names = ("rows", "dim", "capacity", "compressed", "rate", "method", "dtype")

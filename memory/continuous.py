@@ -18,6 +18,8 @@ from ..core.density import DENSITIES, expected_value
 from ..core.positions import fraction, resample
 from ..core.report import SignalReport, signal_report, smallest_scheme
 from ..core.signal import Signal, penalty
+from .file import Savable
+from .lock import ReadWriteLock
 from .rows import detached, listed, taken, token_array
 from .state import pack, required, unpack
 from .sticky import bins_drawn, drawn_bins, generator, histogram_of
@@ -28,7 +30,7 @@ COMPATIBLE = ("infinite-former",)
 SEGMENT = 512  # tokens a report supposes a write to bring, until one has
 
 
-class ContinuousMemory:
+class ContinuousMemory(Savable):
     """Unbounded memory of fixed size: a signal x(t) on [0, 1] a row, contracted whenever new tokens come.
 
     Parameters
@@ -116,6 +118,7 @@ class ContinuousMemory:
             self.density, self.bins = "gaussian", original.BINS
         self.scheme = Scheme(self.basis, penalty(ridge), checks.count("samples", samples), self.compat is not None)
         self._rng = generator(seed)
+        self._lock = ReadWriteLock()
         self._written = np.zeros(self.rows, np.int64)
         self._timeline = Timeline(self.rows)
         self._last_segment = self.segment or SEGMENT
@@ -252,20 +255,22 @@ class ContinuousMemory:
                 made, where = self._contracted(taken(old, of), new, *of_group)
                 moves += [(row, at, length) for row, at in zip(of, where, strict=True)]
             if of == list(range(self.rows)):
-                self._coefficients, changed = made, {}
+                whole = made
                 break
             changed |= {row: made[j, ...] for j, row in enumerate(of)}
         else:
-            xp = namespace(old)
+            xp, whole = namespace(old), self._coefficients
             if changed:
-                self._coefficients = xp.stack([changed.get(r, old[r, ...]) for r in range(self.rows)])
-        for row, at, length in moves:
-            if at is None:
-                self._timeline.start(row, length)
-            else:
-                self._timeline.contract(row, self._contraction(length), at, length)
-        self._written[chosen] += lengths
-        self._last_segment = int(lengths.max(initial=0)) or self._last_segment
+                whole = xp.stack([changed.get(r, old[r, ...]) for r in range(self.rows)])
+        with self._lock.writing:
+            self._coefficients = whole
+            for row, at, length in moves:
+                if at is None:
+                    self._timeline.start(row, length)
+                else:
+                    self._timeline.contract(row, self._contraction(length), at, length)
+            self._written[chosen] += lengths
+            self._last_segment = int(lengths.max(initial=0)) or self._last_segment
 
     def _contracted(
         self, B: Any, x: Any, histogram: np.ndarray | None, draws: np.ndarray | None
@@ -318,10 +323,11 @@ class ContinuousMemory:
             checks.floating_arrays(mean=mean, variance=variance)
             checks.leading(mean=(mean, 0), variance=(variance, 0))
             variance = xp.reshape(xp.broadcast_to(variance, shape), (shape[0], -1))
-        B = taken(self._beside(mean, keep_graph=True), chosen)
+        with self._lock.reading:
+            B, written = taken(self._beside(mean, keep_graph=True), chosen), self._written[chosen]
         signal = Signal(B, self.basis, self.scheme.ridge, mean.dtype, self._last_segment, self.scheme.original)
         output = expected_value(signal, xp.reshape(mean, (shape[0], -1)), variance, density or self.density)
-        empty = like(np.where(self._written[chosen] > 0, 0.0, -np.inf), mean, computing_dtype(mean))
+        empty = like(np.where(written > 0, 0.0, -np.inf), mean, computing_dtype(mean))
         lse = xp.broadcast_to(xp.reshape(empty, (-1,) + (1,) * (len(shape) - 1)), shape)
         return Reading(xp.reshape(output, (*shape, self.dim)), lse)
 
@@ -369,18 +375,20 @@ class ContinuousMemory:
         kept = np.ones((self.rows, 1, 1), bool)
         kept[chosen] = False
         xp = namespace(B)
-        self._coefficients = xp.where(like(kept, B), B, xp.zeros_like(B))
-        self._written[chosen] = 0
-        self._timeline.tokens[chosen] = 0
+        with self._lock.writing:
+            self._coefficients = xp.where(like(kept, B), B, xp.zeros_like(B))
+            self._written[chosen] = 0
+            self._timeline.tokens[chosen] = 0
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Coefficients, counts and basis as a flat dict of arrays; "config" holds the rest as JSON bytes."""
         names = ("rows", "dim", "contraction", "sticky", "segment", "density", "bins", "dtype", "compat")
         config = {name: getattr(self, name) for name in names}
         config |= {"ridge": self.scheme.ridge, "samples": self.scheme.samples, "kind_of_basis": self.basis.kind}
-        config |= {"generator": self._rng.bit_generator.state, "last_segment": self._last_segment}
-        B = np.array(to_numpy(detached(self._coefficients)))
-        arrays = {"coefficients": B, "written": self.tokens, "shown": self._timeline.tokens.copy()}
+        with self._lock.reading:
+            config |= {"generator": self._rng.bit_generator.state, "last_segment": self._last_segment}
+            B = np.array(to_numpy(detached(self._coefficients)))
+            arrays = {"coefficients": B, "written": self.tokens, "shown": self._timeline.tokens.copy()}
         arrays |= {"centers": self.basis.centers.copy(), "widths": self.basis.widths.copy()}
         return pack("ContinuousMemory", config, arrays)
 
@@ -411,6 +419,7 @@ class ContinuousMemory:
         memory._coefficients = required(
             arrays, "coefficients", (memory.rows, len(basis), memory.dim), np.dtype(memory.dtype)
         )
+        checks.finite(**{"state['coefficients']": memory._coefficients})
         memory._written = required(arrays, "written", (memory.rows,), np.int64)
         memory._timeline.tokens = required(arrays, "shown", (memory.rows, KNOTS), np.float64)
         if (memory._written < 0).any():

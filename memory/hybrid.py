@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -14,7 +14,9 @@ from ..core.attention import Reading, masked_softmax, merge
 from ..core.positions import centred
 from ..core.retrieval import Neighbours
 from .continuous import ContinuousMemory
+from .file import Savable
 from .knn import KNNMemory
+from .lock import ReadWriteLock, exclusive, shared
 from .rows import listed, token_array
 from .state import pack, required, unpack
 
@@ -23,7 +25,7 @@ FADING = 0.9  # what a write leaves of the attention noted before it
 PROTECTED = 0.5  # share of the newest tokens that "least_attended" never evicts: they have had no time to be read
 
 
-class HybridMemory:
+class HybridMemory(Savable):
     """A KNNMemory whose evicted tokens flow into a ContinuousMemory of their keys and values.
 
     Parameters
@@ -42,8 +44,8 @@ class HybridMemory:
         Of the continuous part, for a write of `segment` tokens.
     segment : int
         Tokens for which `contraction` holds.
-    dtype : {"float32", "float16", "float64"}
-        What exact keys and values are stored as.
+    dtype : {"float32", "float16", "float64", "bfloat16", "int8"}
+        What exact keys and values are stored as; see KNNMemory.
     **settings
         `settings` are passed on to the ContinuousMemory: basis, ridge, sticky, samples, seed and so on.
 
@@ -90,6 +92,7 @@ class HybridMemory:
     ):
         dtype = checks.choice("dtype", dtype, ("float32", "float16", "float64"))
         self.recent = KNNMemory(rows, heads, dim, capacity, value_dim=value_dim, dtype=dtype)
+        self._lock = ReadWriteLock()
         self.rows, self.heads, self.dim, self.value_dim = rows, heads, dim, self.recent.value_dim
         self.capacity, self.slots = capacity, checks.count("slots", slots)
         self.eviction = checks.choice("eviction", eviction, EVICTIONS)
@@ -97,7 +100,9 @@ class HybridMemory:
         self.older = ContinuousMemory(rows, width, contraction=contraction, segment=segment, **settings)
         self._used = [np.zeros(0) for _ in range(rows)]  # attention each exact token drew, the oldest first
         self._looked = np.zeros((rows, self.slots))  # attention that fell on each place of the signal since its write
-        self._places: dict[int, tuple[np.ndarray, ...]] = {}  # by row: the signal as `read` looks at it
+        self._places: dict[
+            int, tuple[np.ndarray, np.ndarray, np.ndarray]
+        ] = {}  # by row: the signal as `read` looks at it
         self.written = np.zeros(rows, np.int64)  # tokens in each row's whole history
 
     @property
@@ -110,6 +115,7 @@ class HybridMemory:
         """Bytes of both memories and of the attention noted."""
         return self.recent.nbytes + self.older.nbytes + self._looked.nbytes + sum(u.nbytes for u in self._used)
 
+    @exclusive
     def write(self, keys: Any, values: Any, rows: Sequence[int] | None = None, mask: Any = None) -> None:
         """Append a segment; what no longer fits leaves for the signal.
 
@@ -134,8 +140,8 @@ class HybridMemory:
         checks.measurable(keys=keys, values=values)
         tokens = (len(chosen), int(keys.shape[2]))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
-        keys, values = (to_numpy(a).astype(self.recent.dtype, copy=False) for a in (keys, values))
-        checks.finite(keys=keys, values=values)
+        keys, values = to_numpy(keys), to_numpy(values)
+        self.recent._encoded(keys, values)  # what cannot be stored is refused before any row has changed
         for i, row in enumerate(chosen):
             self._write_row(row, keys[i][:, present[i]], values[i][:, present[i]])
 
@@ -153,13 +159,15 @@ class HybridMemory:
         order = np.arange(store.oldest, store.written) % store.capacity  # slots, the oldest first
         if self.eviction == "fifo" and leaving <= store.stored:
             gone = np.arange(leaving)
-            old_keys, old_values = (a[:, order[:leaving]] for a in (store.keys, store.values))
+            old_keys, old_values = (store.numbers(name, np.s_[:, order[:leaving]]) for name in ("keys", "values"))
             out = self._joined(old_keys, old_values)
             self.recent.write(keys[None], values[None], rows=[row], tags=positions[None])
         else:
-            pairs = ((store.keys, keys), (store.values, values))
-            all_keys, all_values = (np.concatenate([held[:, order], new], axis=1) for held, new in pairs)
-            tags = np.concatenate([store.tags[0, order] if store.stored else np.zeros(0, np.int64), positions])
+            pairs = (("keys", keys), ("values", values))
+            all_keys, all_values = (
+                np.concatenate([store.numbers(name, np.s_[:, order]), new], axis=1) for name, new in pairs
+            )
+            tags = np.concatenate([store.arrays["tags"][0, order] if store.stored else order, positions])
             gone = self._leaving(used, leaving)
             kept = np.delete(np.arange(used.size), gone)
             out = self._joined(all_keys[:, gone], all_values[:, gone])
@@ -182,6 +190,7 @@ class HybridMemory:
         pairs = np.concatenate([keys, values], axis=2).astype(self.older.dtype)  # (heads, n, dim + value_dim)
         return np.moveaxis(pairs, 0, 1).reshape(keys.shape[1], -1)
 
+    @exclusive
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
         """Attention over the k nearest exact tokens and all places of the signal, in one softmax.
 
@@ -211,8 +220,9 @@ class HybridMemory:
         """
         scale = 1 / math.sqrt(self.dim) if scale is None else scale
         near = self.recent.read(queries, k, scale, rows)
-        chosen, found = listed(rows, self.rows), near.neighbours
-        dtype = np.promote_types(self.recent.dtype, np.float32)
+        chosen = listed(rows, self.rows)
+        found = cast(Neighbours, near.neighbours)  # a KNNMemory always says what it found
+        dtype = self.recent.computing
         asked = to_numpy(queries).astype(dtype).reshape(len(chosen), self.heads, -1, self.dim)  # (rows, heads, g q, d)
         near_lse = to_numpy(near.lse).reshape(asked.shape[:3])
         scores, positions = (to_numpy(a).reshape(*asked.shape[:3], -1) for a in (found.scores, found.positions))
@@ -246,6 +256,7 @@ class HybridMemory:
             self._places[row] = pairs[..., : self.dim], pairs[..., self.dim :], logs
         return self._places[row]
 
+    @exclusive
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows`, or in all of them.
 
@@ -261,6 +272,7 @@ class HybridMemory:
             self._places.pop(row, None)
         self._looked[chosen], self.written[chosen] = 0, 0
 
+    @shared
     def state_dict(self) -> dict[str, np.ndarray]:
         """Both memories and the attention noted, as a flat dict of arrays; "config" holds the rest as JSON bytes."""
         names = ("rows", "heads", "dim", "capacity", "value_dim", "slots", "eviction")

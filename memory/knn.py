@@ -15,17 +15,23 @@ from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
+from .file import Savable
 from .indexes import make_index
 from .indexes.audit import exact_positions, overlap
+from .lock import ReadWriteLock
 from .row import Row
 from .rows import listed, token_array
 from .state import pack, required, unpack
 from .storage import DTYPES, computing, decode, encode
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
+CONFIG = (
+    *("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype"),
+    *("index", "target_recall", "max_norm", "seed"),
+)  # the arguments that a state holds
 
 
-class KNNMemory:
+class KNNMemory(Savable):
     """Bounded memory of (key, value) pairs per row and head, read by attention over the k nearest keys.
 
     Parameters
@@ -107,6 +113,7 @@ class KNNMemory:
         if self.target_recall > 1:
             raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
         self._rows = [self._empty() for _ in range(self.rows)]
+        self._lock = ReadWriteLock()
 
     def _empty(self) -> Row:
         index = make_index(
@@ -170,12 +177,13 @@ class KNNMemory:
         if tags is not None:
             tags = np.full(tokens, tags) if isinstance(tags, int) else tags
             tags = token_array("tags", tags, tokens, "integral").astype(np.int64)
-        for i, row in enumerate(chosen):
-            self._rows[row].reserve(int(present[i].sum()), tags is not None)
-        for i, row in enumerate(chosen):
-            kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
-            own = {name: part[i][:, kept] for name, part in parts.items()}
-            self._rows[row].write(own, None if tags is None else tags[i][kept])
+        with self._lock.writing:
+            for i, row in enumerate(chosen):
+                self._rows[row].reserve(int(present[i].sum()), tags is not None)
+            for i, row in enumerate(chosen):
+                kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
+                own = {name: part[i][:, kept] for name, part in parts.items()}
+                self._rows[row].write(own, None if tags is None else tags[i][kept])
 
     def _encoded(self, keys: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Keys and values as they are stored, checked before, and where the dtype may overflow, after."""
@@ -213,10 +221,12 @@ class KNNMemory:
         ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
         """
         found = []
-        for row, grouped in self._grouped(queries, rows, k):
-            scores, positions = row.search(grouped, k)
-            taken = row.gather(positions)
-            found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading:
+            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
+                scores, positions = row.search(numbers, k)
+                taken = row.gather(positions)
+                found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
 
     def at(self, positions: Any) -> Neighbours:
@@ -239,19 +249,20 @@ class KNNMemory:
             A position that is not held, among others.
         """
         positions = token_array("positions", positions, (self.rows, positions.shape[-1]), "integral")
-        oldest = (self.written - self.tokens)[:, None]
-        if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
-            expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
-            raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
-        taken = [
-            row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
-            for row, where in zip(self._rows, positions, strict=True)
-        ]
-        keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
-        tagged = any(entries["tags"] is not None for entries in taken)
-        tags = np.full(positions.shape, -1, np.int64)
-        for i, entries in enumerate(taken):
-            tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
+        with self._lock.reading:
+            oldest = (self.written - self.tokens)[:, None]
+            if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
+                expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
+                raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
+            taken = [
+                row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
+                for row, where in zip(self._rows, positions, strict=True)
+            ]
+            keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
+            tagged = any(entries["tags"] is not None for entries in taken)
+            tags = np.full(positions.shape, -1, np.int64)
+            for i, entries in enumerate(taken):
+                tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
         return Neighbours(None, positions, keys, values, tags if tagged else None)
 
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
@@ -279,10 +290,12 @@ class KNNMemory:
         """
         scale = 1 / math.sqrt(self.dim) if scale is None else scale
         found = []
-        for row, grouped in self._grouped(queries, rows, k):
-            scores, positions = row.search(grouped, k)
-            output, lse = row.attend(grouped, positions, scale)
-            found.append((output, lse, scores, positions, row.tags_at(positions)))
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading:
+            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
+                scores, positions = row.search(numbers, k)
+                output, lse = row.attend(numbers, positions, scale)
+                found.append((output, lse, scores, positions, row.tags_at(positions)))
         outputs, lses, *rest = zip(*found, strict=True)
         scores, positions, tags = (self._ungrouped(parts, queries) for parts in rest)
         output, lse = self._ungrouped(outputs, queries), self._ungrouped(lses, queries, computing_dtype(queries))
@@ -307,9 +320,11 @@ class KNNMemory:
         Cost of the search, and of an exact one.
         """
         shares = []
-        for row, grouped in self._grouped(queries, rows, k):
-            _, positions = row.search(grouped, k)
-            shares.append(overlap(positions, exact_positions(row, grouped, k, self.space)) if row.stored else 1.0)
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading:
+            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
+                _, positions = row.search(numbers, k)
+                shares.append(overlap(positions, exact_positions(row, numbers, k, self.space)) if row.stored else 1.0)
         return float(np.mean(shares))
 
     def explain(self) -> str:
@@ -328,8 +343,10 @@ class KNNMemory:
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        for row in listed(rows, self.rows):
-            self._rows[row] = self._empty()
+        chosen = listed(rows, self.rows)
+        with self._lock.writing:
+            for row in chosen:
+                self._rows[row] = self._empty()
 
     def select(self, rows: Sequence[int]) -> Self:
         """A memory of its own with copies of `rows`, in this order; a row may come more than once (beam search).
@@ -341,19 +358,20 @@ class KNNMemory:
         """
         chosen = [listed([row], self.rows)[0] for row in rows]
         checks.count("rows", len(chosen))
-        made = copy.copy(self)
-        made.rows, made._rows = len(chosen), [copy.deepcopy(self._rows[row]) for row in chosen]
+        made = type(self).__new__(type(self))
+        made.__dict__ |= {**self.__dict__, "rows": len(chosen), "_lock": ReadWriteLock()}
+        with self._lock.reading:
+            made._rows = [copy.deepcopy(self._rows[row]) for row in chosen]
         return made
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
-        arrays = {"written": self.written}
-        for i, row in enumerate(self._rows):
-            arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
-            arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
-        names = ("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype")
-        names += ("index", "target_recall", "max_norm", "seed")
-        return pack("KNNMemory", {name: getattr(self, name) for name in names}, arrays)
+        with self._lock.reading:
+            arrays = {"written": self.written}
+            for i, row in enumerate(self._rows):
+                arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
+                arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
+        return pack("KNNMemory", {name: getattr(self, name) for name in CONFIG}, arrays)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
@@ -383,8 +401,8 @@ class KNNMemory:
         """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
         return type(self).from_state_dict, (self.state_dict(),)
 
-    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> list[tuple[Row, np.ndarray]]:
-        """Every chosen row with its queries (heads, group x q, dim), validated."""
+    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> tuple[list[int], np.ndarray]:
+        """The chosen rows, and their queries (rows, heads, group x q, dim), validated."""
         chosen = listed(rows, self.rows)
         if not chosen:
             raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
@@ -400,8 +418,7 @@ class KNNMemory:
             )
         numbers = cast_silently(to_numpy(queries), self.computing)
         checks.measurable(queries=numbers)
-        grouped = numbers.reshape(len(chosen), self.heads, -1, self.dim)
-        return [(self._rows[row], grouped[i]) for i, row in enumerate(chosen)]
+        return chosen, numbers.reshape(len(chosen), self.heads, -1, self.dim)
 
     def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
         """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""

@@ -11,6 +11,8 @@ from ..backends.arrays import cast, namespace
 from ..backends.errors import ArgumentError
 from ..backends.exchange import to_numpy
 from ..core import checks
+from .file import Savable
+from .lock import ReadWriteLock, exclusive, shared
 from .rows import detached, listed, token_array
 from .state import pack, required, unpack
 from .window import States, Window
@@ -18,7 +20,7 @@ from .window import States, Window
 DTYPES = ("float32", "float16", "float64")
 
 
-class RecurrentMemory:
+class RecurrentMemory(Savable):
     """The newest `capacity` hidden states of every row, one layer's worth.
 
     Parameters
@@ -52,6 +54,7 @@ class RecurrentMemory:
     """
 
     def __init__(self, rows: int, dim: int, capacity: int, *, dtype: str = "float32"):
+        self._lock = ReadWriteLock()
         self.rows, self.dim = checks.count("rows", rows), checks.count("dim", dim)
         self.capacity, self.dtype = checks.count("capacity", capacity), checks.choice("dtype", dtype, DTYPES)
         self._window = Window(self.rows, self.capacity, self.dim, self.dtype)
@@ -66,6 +69,7 @@ class RecurrentMemory:
         """Bytes of the states."""
         return self._window.nbytes
 
+    @exclusive
     def write(self, x: Any, rows: Sequence[int] | None = None, mask: Any = None) -> None:
         """Append hidden states; where a row is full, its oldest leave.
 
@@ -87,6 +91,7 @@ class RecurrentMemory:
         x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
         self._window.append(x, present, chosen, self.capacity, 1)
 
+    @shared
     def read(self, like: Any = None, rows: Sequence[int] | None = None) -> States:
         """The states of every row, to attend to before those of the present segment.
 
@@ -108,6 +113,7 @@ class RecurrentMemory:
         """
         return self._window.read(self._window.states if like is None else like, listed(rows, self.rows))
 
+    @exclusive
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows`, or in all of them.
 
@@ -117,6 +123,7 @@ class RecurrentMemory:
         """
         self._window.clear(listed(rows, self.rows))
 
+    @shared
     def state_dict(self) -> dict[str, np.ndarray]:
         """The states and their counts as a flat dict of arrays; "config" holds the constructor's arguments."""
         config = {name: getattr(self, name) for name in ("rows", "dim", "capacity", "dtype")}

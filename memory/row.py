@@ -131,10 +131,12 @@ class Row:
         """Keys, values and tags at `positions` (heads, q, k); zeros, and tag -1, where the position is -1."""
         heads = np.arange(positions.shape[0])[:, None, None]
         slots, found = self.slots_of(positions), (positions >= 0)[..., None]
+        all_found = bool(found.all())  # as a rule; then nothing is copied a second time
         taken = {"tags": self.tags_at(positions)}
         for name in ("keys", "values"):
             if self.stored:
-                taken[name] = np.where(found, self.numbers(name, (heads, slots)), computing(self.dtype).type(0))
+                entries = self.numbers(name, (heads, slots))
+                taken[name] = entries if all_found else np.where(found, entries, computing(self.dtype).type(0))
             else:
                 taken[name] = np.zeros((*positions.shape, self.arrays[name].shape[2]), computing(self.dtype))
         return taken

@@ -34,11 +34,25 @@ def unpack(kind: str, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         ) from error
     if found != kind:
         raise ArgumentError("state", f"the state_dict of a {kind}", f"that of a {found}", f"Use {found}.")
-    return config, {name: to_numpy(array) for name, array in state.items() if name != "config"}
+    return config, {name: as_numpy(array) for name, array in state.items() if name != "config"}
+
+
+class Owned(np.ndarray):
+    """An array nobody else holds: a memory may keep it and write to it instead of copying it."""
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """`array` as NumPy, float16 kept."""
+    if isinstance(array, np.ndarray):
+        return array
+    half = str(getattr(array, "dtype", "")).rpartition(".")[2] == "float16"  # to_numpy computes in float32
+    return to_numpy(array).astype(np.float16) if half else to_numpy(array)
 
 
 def required(arrays: dict[str, np.ndarray], name: str, shape: tuple[int | None, ...], dtype: Any) -> np.ndarray:
-    """A contiguous copy of `arrays[name]`, which must have `shape` (None: any size) and `dtype`.
+    """`arrays[name]`, contiguous, which must have `shape` (None: any size) and `dtype`.
+
+    A copy, unless it is `Owned`.
 
     Raises
     ------
@@ -56,4 +70,4 @@ def required(arrays: dict[str, np.ndarray], name: str, shape: tuple[int | None, 
     if not fits:
         came = "nothing" if array is None else f"{array.dtype} {array.shape}"
         raise ArgumentError(f"state[{name!r}]", f"{np.dtype(dtype)} {shape}", came, "Pass an unaltered state_dict.")
-    return np.array(array, order="C")
+    return array.view(np.ndarray) if isinstance(array, Owned) else np.array(array, order="C")

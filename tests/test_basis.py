@@ -1,5 +1,7 @@
 """Basis functions: values, constructors, the fit operator and its cache."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import strategies
@@ -110,6 +112,19 @@ def test_reach_is_that_of_the_nearest_function(seed):
     else:
         with pytest.raises(perdure.ArgumentError, match=f"{(~seen).sum()} of 20"):
             ridge.fit_operator(basis, t, 1e-2)
+
+
+def test_threads_share_one_operator_and_a_forked_child_starts_anew():
+    basis, t = gaussian_basis(40), centred(77)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: ridge.fit_operator(basis, t, 1e-2), range(32)))
+    assert all(operator is made[0] for operator in made)
+    cache = ridge.Cache(limit=100)
+    cache.get("a", lambda: 1, lambda _: 40)
+    with cache._lock:
+        cache.start_anew()
+        with ThreadPoolExecutor(1) as pool:  # another thread, which the old lock would keep out
+            assert pool.submit(cache.get, "a", lambda: 2, lambda _: 40).result(timeout=10) == 2
 
 
 def test_cache_is_shared_and_bounded():

@@ -23,6 +23,9 @@ STANDARD = {
     "MissingPackageError": ImportError,
     "FileError": OSError,
     "RecallError": RuntimeError,
+    "StoreError": OSError,
+    "QuotaError": Exception,
+    "ForkError": RuntimeError,
 }
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -201,10 +202,16 @@ def test_no_key_is_better_in_float64_than_float32_can_tell(case):
     assert (got >= (kth - slack)[:, None]).all()
 
 
+@pytest.mark.parametrize("fewest", [0, coded.FEWEST], ids=["codes", "panels"])
 @settings(max_examples=30)
 @given(st.data())
-def test_a_memory_finds_what_its_stream_holds(data):
+def test_a_memory_finds_what_its_stream_holds(fewest, data):
     """Through growth, wrap-around, any segment lengths, and the sampled start of large searches."""
+    with mock.patch.object(coded, "FEWEST", fewest):
+        finds_what_its_stream_holds(data)
+
+
+def finds_what_its_stream_holds(data):
     d, k = data.draw(st.sampled_from((1, 4, 17))), data.draw(st.sampled_from((1, 4)))
     large = 70 if config.DISABLE_JIT else SAMPLED * tile.lanes(np.float32) * tile.ONE[0]
     capacity = data.draw(st.sampled_from((1, 50, 64, large, large + 37)))
@@ -263,6 +270,51 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
     assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=120).returncode == 0
+
+
+def test_codes_give_way_where_keys_are_all_alike(rng):
+    """Panels take over, for a while; what is found does not change."""
+    keys = np.repeat(rng.standard_normal((1, 1, 1, 8)), 5000, axis=2).astype(np.float32)
+    queries = rng.standard_normal((1, 1, 4, 8)).astype(np.float32)
+    with mock.patch.object(coded, "FEWEST", 0), mock.patch.object(coded, "TIRED", 3):
+        memory = perdure.KNNMemory(1, 1, 8, 5000)
+        memory.write(keys, keys)
+        for turn in range(8):
+            near = memory.search(queries, 3)
+            np.testing.assert_array_equal(near.positions[0, 0], [[4999, 4998, 4997]] * 4)
+            kept = memory._rows[0].index.kept
+            if machine.multiplies_bytes():
+                assert (kept.panels is not None) == (turn not in (0, 4, 8))
+
+
+@pytest.mark.skipif(bool(config.DISABLE_JIT) or not machine.is_x86(), reason="compiles for x86")
+def test_the_tile_of_codes_compiles_to_one_instruction_with_vnni():
+    """Not run, for few machines could: compiled for one that has it, it takes that instruction for every sum."""
+    program = """
+from numba import njit, types
+from perdure.backends.numba import code_tile, machine
+assert machine.dots() and machine.register_bytes() == 64 and machine.registers() == 32
+inner = code_tile.make_code_tile(*code_tile.MANY)
+run = njit(lambda c, s, e, z, p, a, t, r, m, g, b, low, high, hits: inner(
+    c, s, e, z, p, a, t, r, m, g, b, low, high, hits
+))
+f4, i8, array = types.float32, types.int64, lambda kind, axes: types.Array(kind, axes, "C")
+three, one = [array(f4, 2)] * 3, array(f4, 1)
+asked = (array(types.int8, 3), array(types.int32, 1), one, one)
+run.compile((array(types.uint8, 3), *three, i8, *asked, i8, one, one, one, array(i8, 1)))
+assembly = "".join(run.inspect_asm().values())
+panels, queries = code_tile.MANY
+assert assembly.count("vpdpbusd") >= 2 * panels * queries, assembly.count("vpdpbusd")
+assert "vpmaddubsw" not in assembly
+"""
+    features = ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c", "lzcnt", "popcnt")
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "cascadelake",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in features),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_panels_start_on_cache_lines():

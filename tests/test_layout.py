@@ -28,6 +28,7 @@ PUBLIC = [
     "ContinuousMemory",
     "DTypeError",
     "FileError",
+    "ForkError",
     "FrameworkError",
     "HybridMemory",
     "KNNMemory",
@@ -35,6 +36,7 @@ PUBLIC = [
     "Neighbours",
     "NonFiniteError",
     "PerdureError",
+    "QuotaError",
     "Reading",
     "RecallError",
     "RecallWarning",
@@ -43,6 +45,9 @@ PUBLIC = [
     "Signal",
     "SignalReport",
     "States",
+    "Store",
+    "StoreError",
+    "StoredMemory",
     "attend",
     "available_backends",
     "backend",
@@ -53,8 +58,11 @@ PUBLIC = [
     "gaussian_basis",
     "gibbs_mass",
     "gibbs_value",
+    "load",
     "merge",
+    "open",
     "rectangular_basis",
+    "save",
     "top_k",
 ]
 
@@ -216,7 +224,7 @@ def test_every_argument_of_a_public_function_is_documented():
             continue
         arguments = [p for p in inspect.signature(thing).parameters if p not in ("self", "cls")]
         text = inspect.getdoc(thing) or ""
-        documented = documented_parameters(text).keys() | set(re.findall(r"`(\w+)`", text))
+        documented = documented_parameters(text).keys() | set(re.findall(r"(?:`|\*)(\w+)", text))
         missing += [f"{name}: {a}" for a in arguments if a not in documented]
     assert missing == []
 

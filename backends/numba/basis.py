@@ -83,17 +83,17 @@ def cut_to_unit(mean, variance, centers, widths, near, start, end, out):
         m, s2 = mean[i], min(max(variance[i], f(NARROWEST)), f(WIDEST))
         out[i] *= f(1 / inside(float(m), math.sqrt(float(s2))))
         if near <= m <= 1 - near and start < end:
-            cut_range(m, s2, centers, widths, 0, start, out[i])
-            cut_range(m, s2, centers, widths, end, centers.size, out[i])
+            cut_range(m, s2, centers[:start], widths[:start], out[i, :start])
+            cut_range(m, s2, centers[end:], widths[end:], out[i, end:])
         else:
-            cut_range(m, s2, centers, widths, 0, centers.size, out[i])
+            cut_range(m, s2, centers, widths, out[i])
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-def cut_range(m, s2, centers, widths, first, last, out):
+def cut_range(m, s2, centers, widths, out):
     f = out.dtype.type
     one, half, root_half = f(1), f(0.5), f(INVERSE_ROOT_2)
-    for j in range(first, last):
+    for j in range(out.size):
         share = s2 / (s2 + widths[j] * widths[j])
         middle = centers[j] + (m - centers[j]) * (one - share)
         scale = root_half / (widths[j] * np.sqrt(share))

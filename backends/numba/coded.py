@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from . import machine
@@ -21,9 +23,12 @@ from .unit import unit
 TIRED = 256  # searches for which panels take over, after one that the codes could not help
 
 
-def exact_keys(heads: int, d: int, space: str, dtype: np.dtype) -> Panels | Codes:
+FEWEST = 1 << 15  # capacity from which codes pay: candidates of fewer keys are too large a share of them
+
+
+def exact_keys(heads: int, d: int, space: str, dtype: np.dtype, capacity: int) -> Panels | Codes:
     """The faster of what this CPU has for exact search over a row's keys."""
-    coded = dtype == np.float32 and space != "l2" and machine.multiplies_bytes()
+    coded = dtype == np.float32 and space != "l2" and capacity >= FEWEST and machine.multiplies_bytes()
     return Codes(heads, d, space) if coded else Panels(heads, d, space, dtype)
 
 
@@ -139,6 +144,23 @@ class Codes:
         if helpless.size:
             scores[helpless], ages[helpless] = search_rows(queries[helpless], keys, k, self.space, NOTHING, start)
         return scores, ages, helpless.size
+
+
+def rescore(
+    queries: np.ndarray, keys: np.ndarray, candidates: np.ndarray, k: int, space: str, start: int
+) -> tuple[np.ndarray, np.ndarray] | Any:
+    """Scores and ages (q, k) of the best of candidates (q, m), ages or -1, among keys (stored, d) of a ring."""
+    if queries.dtype != np.float32 or keys.dtype != np.float32 or space == "l2":
+        return NotImplemented
+    q = len(queries)
+    scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
+    counts = np.sum(candidates >= 0, axis=1)
+    places = -np.sort(-candidates, axis=1)  # what is none comes last
+    highs, bounds = np.full(candidates.shape, np.inf, np.float32), np.full(q, -np.inf, np.float32)
+    queries = unit(queries) if space == "cosine" else np.ascontiguousarray(queries)
+    settle(queries, keys, start, space == "cosine", bounds, places, highs, counts, scores, ages)
+    order(scores, ages)
+    return scores, ages
 
 
 def encoded(queries: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:

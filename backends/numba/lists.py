@@ -13,6 +13,7 @@ from .heap import offer, order
 from .panels import aligned, place
 from .scan import below, panels_a_tile, score
 from .search import NO_SCALES
+from .threads import in_parallel
 from .tile import FEW, MANY, ONE, highest_bit, lanes
 
 NONE = -1  # no page, no position
@@ -73,6 +74,16 @@ class Lists:
                 self._visit(queries, some, oldest, best, places)
         order(best, places)
         return best, places
+
+    @staticmethod
+    def search_all(
+        heads: list[Lists], queries: np.ndarray, k: int, probes: np.ndarray, oldest: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions (heads, q, k) of every head's queries (heads, q, d), several heads at once."""
+        tasks = [(made, queries[h], probes[h]) for h, made in enumerate(heads)]
+        found = in_parallel(lambda made, asked, lists: made.search(asked, k, lists, oldest), tasks)
+        scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
+        return scores, positions
 
     def _visit(
         self, queries: np.ndarray, probes: np.ndarray, oldest: int, best: np.ndarray, places: np.ndarray

@@ -4,14 +4,14 @@ A layer's state_dict holds parameters only; what it remembers is a state of its 
 buffers and no load_state_dict can touch.
 """
 
-from ...backends.arrays import optional_import
+from ...backends.registry import load
 
-optional_import("torch", extra="torch")
-optional_import("array_api_compat.torch", extra="torch")  # now, because torch.compile traces no import later
+load("torch")  # or MissingPackageError; and now, because torch.compile traces no import later
 
 from .compressive import CompressiveAttention, CompressiveState  # noqa: E402
 from .continuous import ContinuousAttention, ContinuousState  # noqa: E402
 from .memorizing import KNNState, MemorizingAttention  # noqa: E402
+from .segments import SegmentedAttention  # noqa: E402
 from .state import State  # noqa: E402
 from .transformer import MemoryTransformer  # noqa: E402
 from .transformer_xl import RecurrentState, TransformerXLAttention  # noqa: E402
@@ -25,6 +25,7 @@ __all__ = [
     "MemorizingAttention",
     "MemoryTransformer",
     "RecurrentState",
+    "SegmentedAttention",
     "State",
     "TransformerXLAttention",
 ]

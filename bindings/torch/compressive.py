@@ -102,9 +102,12 @@ class CompressiveAttention(TransformerXLAttention):
         ):
             if value % whole:
                 raise ArgumentError(name, f"a multiple of {whole}", str(value), "Or choose another rate or method.")
-        depth, weights = layers_for(self.rate), {"conv": ((dim, dim, self.rate), (dim,))}
-        weights["dilated"] = (depth, dim, dim, 2), (depth, dim)
-        self.compressor = nn.ParameterList(torch.empty(shape) for shape in weights.get(method, ()))
+        depth = layers_for(self.rate)
+        shapes: dict[str, tuple[Any, ...]] = {
+            "conv": ((dim, dim, self.rate), (dim,)),
+            "dilated": ((depth, dim, dim, 2), (depth, dim)),
+        }
+        self.compressor = nn.ParameterList(torch.empty(shape) for shape in shapes.get(method, ()))
         for weight in self.compressor:
             nn.init.uniform_(weight, -1 / math.sqrt(dim * self.rate), 1 / math.sqrt(dim * self.rate))
 
@@ -128,7 +131,7 @@ class CompressiveAttention(TransformerXLAttention):
         return self.segment - 1 + self.reach + self.compressed
 
     def _attend(
-        self, x: torch.Tensor, memory: CompressiveState, start: Any, present: Any, turning: bool
+        self, x: torch.Tensor, memory: Any, start: Any, present: Any, turning: bool
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         n, seen, older = x.shape[1], self._seen(memory), self.compressed
         context = [memory.compressed, memory.hidden[:, memory.hidden.shape[1] - seen :]]

@@ -163,7 +163,7 @@ class ContinuousAttention(TransformerXLAttention):
         }
 
     def _attend(
-        self, x: torch.Tensor, memory: ContinuousState, start: Any, present: Any, turning: bool
+        self, x: torch.Tensor, memory: Any, start: Any, present: Any, turning: bool
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         output, kept = super()._attend(x, memory, start, present, turning)
         with torch.autocast(x.device.type, enabled=False):
@@ -214,9 +214,10 @@ class ContinuousAttention(TransformerXLAttention):
         """Mean and variance of every query's density, (rows, heads, n)."""
         W_K = self.signal_key.weight.unflatten(0, (self.heads, self.head_dim)).to(B.dtype)
         if self.looking_mean is None:
-            return looking.moments(queries, B, W_K, *self._functions(B.device, B.dtype), self.floor)
-        maps = (w.to(B.dtype) for w in (self.looking_mean, self.looking_variance))
-        return looking.affine(queries, B, W_K, *maps, self.floor)
+            centers, widths = self._functions(B.device, B.dtype)
+            return looking.moments(queries, B, W_K, centers, widths, self.floor)
+        w_mean, w_variance = self.looking_mean.to(B.dtype), self.looking_variance.to(B.dtype)
+        return looking.affine(queries, B, W_K, w_mean, w_variance, self.floor)
 
     def _loss(self, mean: torch.Tensor, variance: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Mean divergence of the densities of real queries, weighted."""

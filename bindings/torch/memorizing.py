@@ -193,7 +193,7 @@ class MemorizingAttention(SegmentedAttention):
         return {"position": (), "keys": window, "values": window}
 
     def _attend(
-        self, x: torch.Tensor, memory: KNNState, start: Any, present: Any, turning: bool
+        self, x: torch.Tensor, memory: Any, start: Any, present: Any, turning: bool
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         queries, keys, values = (self._heads(project(x)) for project in (self.query, self.key, self.value))
         if self.normalize:

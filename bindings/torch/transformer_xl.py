@@ -103,7 +103,7 @@ class TransformerXLAttention(SegmentedAttention):
         return {"position": (), "hidden": (self.segment - 1 + self.reach, self.dim)}
 
     def _attend(
-        self, x: torch.Tensor, memory: RecurrentState, start: Any, present: Any, turning: bool
+        self, x: torch.Tensor, memory: Any, start: Any, present: Any, turning: bool
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         n, seen = x.shape[1], self._seen(memory)
         context = torch.cat([memory.hidden[:, memory.hidden.shape[1] - seen :].to(x.dtype), x], dim=1)

@@ -41,7 +41,7 @@ def attach(
     Parameters
     ----------
     model : PreTrainedModel
-        A decoder with the "sdpa" or "eager" attention of transformers: GPT-2, Llama and the like.
+        A decoder with the "sdpa" or "eager" attention of transformers: GPT-2, Llama, Qwen, Mistral and the like.
     tokenizer : optional
         Lets `read_document` take text.
     layers : "all", int or sequence of int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def make_index(
         "hnsw" without hnswlib.
     """
     raw = np.dtype(RAW[dtype])
-    makers = {
+    makers: dict[str, Callable[[], Index]] = {
         "exact": functools.partial(ExactIndex, heads, dim, space, raw),
         "ivf": functools.partial(IVFIndex, heads, dim, space, raw, target, seed),
         "hnsw": functools.partial(HNSWIndex, heads, dim, space, capacity, target, seed),

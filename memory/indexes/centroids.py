@@ -21,9 +21,11 @@ def nearest(keys: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def train(keys: np.ndarray, lists: int, before: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
     """Centroids (lists, d) of `keys` (m, d); where a list stays empty, a key of the sample."""
     sample = keys[rng.choice(len(keys), min(len(keys), SAMPLE * lists), replace=False)]
-    warm = before is not None and len(before) == lists
-    centroids = before.copy() if warm else sample[rng.choice(len(sample), lists, replace=len(sample) < lists)].copy()
-    for _ in range(WARM if warm else COLD):
+    rounds, start = WARM, before
+    if start is None or len(start) != lists:
+        rounds, start = COLD, sample[rng.choice(len(sample), lists, replace=len(sample) < lists)]
+    centroids = start.copy()
+    for _ in range(rounds):
         labels = nearest(sample, centroids)
         counts = np.bincount(labels, minlength=lists)
         order = np.argsort(labels, kind="stable")

@@ -15,9 +15,9 @@ from .protocol import Ring
 class ExactIndex:
     """The formula `retrieve` over a row's keys, or what the backend that computes keeps of them for exact search.
 
-    With Numba that is codes of 8 bits (bytes: dim + 12 a key and head; float32 keys, "ip" and "cosine", where the CPU
-    multiplies bytes), and else the keys once more in another order. A key is taken in once, at the first search after
-    its write, in O(heads dim).
+    With Numba that is the keys once more in another order, or, for rows of 32,768 tokens and more, codes of 8 bits
+    (bytes: dim + 12 a key and head; float32 keys, "ip" and "cosine", where the CPU multiplies bytes). A key is taken in
+    once, at the first search after its write, in O(heads dim).
     """
 
     def __init__(self, heads: int, dim: int, space: str, dtype: np.dtype):
@@ -60,7 +60,7 @@ class ExactIndex:
     def follow(self, row: Ring, make: Any) -> None:
         """Take in the keys that came since; those that left were in the slots that the new ones take."""
         if self.kept is None:
-            self.kept, self.followed = make(*self.shape, self.space, self.dtype), 0
+            self.kept, self.followed = make(*self.shape, self.space, self.dtype, row.capacity), 0
         if self.followed == row.written:
             return
         self.kept.grow(row.slots)
@@ -73,10 +73,15 @@ class ExactIndex:
 
 def written_since(row: Ring, position: int) -> list[slice]:
     """The slots of the tokens from `position` on that the row still holds, oldest first, as one or two ranges."""
-    position, ranges = max(position, row.oldest), []
-    while position < row.written:
-        slot = position % row.capacity
-        count = min(row.written - position, row.capacity - slot)
+    return written_between(row, max(position, row.oldest), row.written)
+
+
+def written_between(row: Ring, first: int, last: int) -> list[slice]:
+    """The slots of the tokens at positions first <= p < last, all of them held, oldest first, as one or two ranges."""
+    ranges = []
+    while first < last:
+        slot = first % row.capacity
+        count = min(last - first, row.capacity - slot)
         ranges.append(slice(slot, slot + count))
-        position += count
+        first += count
     return ranges

@@ -17,8 +17,10 @@ import numpy as np
 
 from ...backends.arrays import optional_import
 from ...backends.errors import ArgumentError, RecallError
+from ...backends.registry import current_backend, load
 from ...core.retrieval import retrieve, unit
 from .audit import ALTERED, Audit, audited, exact_positions
+from .exact import written_between
 from .protocol import Ring
 
 LINKS, BREADTH = 16, 200  # hnswlib's M and ef_construction
@@ -104,10 +106,11 @@ class HNSWIndex:
         asked = unit(queries) if self.space == "cosine" else queries
         parts = [self.ask(made[head], asked.astype(np.float32, copy=False), k, ef) for made in graphs.values()]
         for first, last in self.ends(row, graphs):
-            positions = np.arange(first, last)
-            keys = row.numbers("keys", (head, positions % row.capacity))
-            _, ages = retrieve(queries, keys, k, self.space, None, 0)
-            parts.append(np.where(ages >= 0, ages + first, -1))
+            for slots in written_between(row, first, last):
+                keys = row.numbers("keys", (head, slots))
+                _, ages = retrieve(queries, keys, k, self.space, None, 0)
+                parts.append(np.where(ages >= 0, ages + first, -1))
+                first += len(keys)
         if not parts:
             return np.full((len(queries), k), -np.inf, queries.dtype), np.full((len(queries), k), -1, np.int64)
         return self.rescored(row, head, queries, k, np.concatenate(parts, axis=1))
@@ -135,12 +138,19 @@ class HNSWIndex:
         self, row: Ring, head: int, queries: np.ndarray, k: int, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best of the candidates positions (q, m), by (score, newest), scored in full."""
+        direct = getattr(load(current_backend()), "rescore", None)
+        if direct is not None:
+            keys, _ = row.part("keys", (head, slice(0, row.stored)))
+            candidates = np.where(positions >= 0, positions - row.oldest, -1)
+            found = direct(queries, keys, candidates, k, self.space, row.start)
+            if found is not NotImplemented:
+                return found[0], np.where(found[1] >= 0, found[1] + row.oldest, -1)
         positions = np.sort(positions, axis=1)  # by age, so that ties go to the newest; nothing (-1) first
         keys = row.numbers("keys", (head, np.where(positions >= 0, positions % row.capacity, 0)))
         mask = (positions >= 0)[:, None, :]
         scores, order = retrieve(queries[:, None, :], keys, k, self.space, mask, 0)
-        found = np.take_along_axis(positions, np.maximum(order[:, 0], 0), axis=1)
-        return scores[:, 0], np.where(order[:, 0] >= 0, found, -1)
+        chosen = np.take_along_axis(positions, np.maximum(order[:, 0], 0), axis=1)
+        return scores[:, 0], np.where(order[:, 0] >= 0, chosen, -1)
 
 
 def restored(given: tuple[Any, ...], state: dict[str, np.ndarray]) -> HNSWIndex:

@@ -37,10 +37,10 @@ class IVFIndex:
         self.exact: ExactIndex | None = ExactIndex(heads, dim, space, dtype)
         self.audit = Audit(target)
         self.followed = self.trained_at = self.trained_on = self.trainings = self.probes = 0
-        self.centroids: np.ndarray | None = None  # (heads, lists, dim)
+        self.centroids: Any = None  # (heads, lists, dim), from the first training on
         self.labels = np.empty((heads, 0), np.int32)  # of every slot
         self.ranks = np.empty(0)  # how often a true neighbour's list had which rank
-        self.lists: list[Any] | None = None  # a head, where the backend has them
+        self.lists: Any = None  # a head, where the backend has them
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,8 +76,8 @@ class IVFIndex:
             if not fits or (labels.size and not 0 <= labels.min() <= labels.max() < len(ranks)):
                 raise ArgumentError("state", "the state of inverted lists of this size", "another", ALTERED)
             self.centroids, self.labels, self.exact = state["centroids"], state["labels"], None
-            counts = (int(count) for count in state["counts"])
-            _, self.followed, self.trained_at, self.trained_on, self.trainings, self.probes = counts
+            numbers = map(int, state["counts"])
+            _, self.followed, self.trained_at, self.trained_on, self.trainings, self.probes = numbers
             self.ranks = state["ranks"]
             self.audit.restore(state.get("audit"))
 
@@ -100,15 +100,14 @@ class IVFIndex:
         if lists is None:
             scores, positions = self.by_formula(row, asked, k, best)
         else:
-            found = [made.search(asked[h], k, best[h], row.oldest) for h, made in enumerate(lists)]
-            scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
+            scores, positions = type(lists[0]).search_all(lists, asked, k, best, row.oldest)
         self.complete(row, queries, scores, positions)
         if self.audit.due() and queries.shape[1]:
             some = audited(queries.shape[1])
-            exact = exact_positions(row, queries[:, some], k, self.space)
+            true = exact_positions(row, queries[:, some], k, self.space)
             with self.lock:
-                self.audit.observe(positions[:, some], exact)
-                self.tune(row, asked[:, some], exact)
+                self.audit.observe(positions[:, some], true)
+                self.tune(row, asked[:, some], true)
         return scores, positions
 
     def list_scores(self, queries: np.ndarray) -> np.ndarray:

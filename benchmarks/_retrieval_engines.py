@@ -1,0 +1,183 @@
+"""Engines of one head, all used alike: `step(keys)` takes in new keys and loses the oldest; `search(queries, k)`.
+
+What a peer cannot do, it does the way its users do it: an index without deletion is built anew, or deletes by id.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+import perdure
+
+
+class Ring:
+    """The keys themselves in slots, for engines that search them as they are."""
+
+    def __init__(self, keys: np.ndarray):
+        self.keys, self.at = keys.copy(), 0
+
+    def step(self, keys: np.ndarray) -> None:
+        self.keys[self.at : self.at + len(keys)] = keys
+        self.at = (self.at + len(keys)) % len(self.keys)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class Product(Ring):
+    """The float32 product of queries and keys alone, in blocks whose scores stay in cache: no result, a limit."""
+
+    def search(self, queries: np.ndarray, k: int) -> None:
+        scores = np.empty((len(queries), min(2048, len(self.keys))), np.float32)
+        for first in range(0, len(self.keys), scores.shape[1]):
+            keys = self.keys[first : first + scores.shape[1]]
+            np.matmul(queries, keys.T, out=scores[:, : len(keys)])
+
+
+class NumPy(Ring):
+    """Product and argpartition."""
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        scores = queries @ self.keys.T
+        return np.argpartition(scores, len(self.keys) - k, axis=-1)[:, -k:]
+
+
+class Torch(Ring):
+    """Product and topk."""
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        torch = importlib.import_module("torch")
+        return torch.topk(torch.from_numpy(queries) @ torch.from_numpy(self.keys).T, k, dim=-1).indices.numpy()
+
+
+class Perdure:
+    """KNNMemory, through its public surface: validation, values and positions included."""
+
+    def __init__(self, keys: np.ndarray, **settings: Any):
+        n, d = keys.shape
+        self.memory = perdure.KNNMemory(1, 1, d, n, value_dim=1, **settings)
+        self.memory.write(keys[None, None], np.zeros((1, 1, n, 1), np.float32))
+
+    def step(self, keys: np.ndarray) -> None:
+        self.memory.write(keys[None, None], np.zeros((1, 1, len(keys), 1), np.float32))
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        row = self.memory._rows[0]  # neither copies of the neighbours nor attention, as with the others
+        return row.search(queries[None], k)[1][0] % row.capacity
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class Faiss:
+    """A flat or inverted index with ids; the oldest are removed by id."""
+
+    def __init__(self, keys: np.ndarray, lists: int = 0, probes: int = 1):
+        faiss = importlib.import_module("faiss")
+        faiss.omp_set_num_threads(1)
+        self.faiss, (self.n, d), self.written = faiss, keys.shape, len(keys)
+        flat = faiss.IndexFlatIP(d)
+        if lists:
+            self.index = faiss.IndexIVFFlat(flat, d, lists, faiss.METRIC_INNER_PRODUCT)
+            self.index.train(keys[np.random.default_rng(0).permutation(self.n)[: 40 * lists]])
+            self.index.nprobe = probes
+            self.index.add_with_ids(keys, np.arange(self.n))
+        else:
+            self.index = flat
+            self.index.add(keys)
+        self.flat = not lists
+
+    def step(self, keys: np.ndarray) -> None:
+        m = len(keys)
+        oldest = self.written - self.n
+        if self.flat:  # ids of a flat index are places, which move up when the first leave
+            self.index.remove_ids(self.faiss.IDSelectorRange(0, m))
+            self.index.add(keys)
+        else:
+            self.index.remove_ids(self.faiss.IDSelectorRange(oldest, oldest + m))
+            self.index.add_with_ids(keys, np.arange(self.written, self.written + m))
+        self.written += m
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        _, ids = self.index.search(queries, k)
+        return np.where(ids >= 0, (ids + (self.written - self.n if self.flat else 0)) % self.n, -1)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class Graph(Ring):
+    """hnswlib with deleted elements replaced."""
+
+    def __init__(self, keys: np.ndarray, ef: int):
+        super().__init__(keys)
+        hnswlib = importlib.import_module("hnswlib")
+        n, d = keys.shape
+        self.index = hnswlib.Index(space="ip", dim=d)
+        self.index.init_index(n, M=16, ef_construction=100, allow_replace_deleted=True, random_seed=1)
+        self.index.add_items(keys, np.arange(n), num_threads=1)
+        self.index.set_ef(ef)
+
+    def step(self, keys: np.ndarray) -> None:
+        slots = (self.at + np.arange(len(keys))) % len(self.keys)
+        super().step(keys)
+        for slot in slots:
+            self.index.mark_deleted(int(slot))
+        self.index.add_items(keys, slots, num_threads=1, replace_deleted=True)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        return self.index.knn_query(queries, k=k, num_threads=1)[0].astype(np.int64)
+
+
+class USearch(Ring):
+    """usearch's graph; the oldest are removed by key."""
+
+    def __init__(self, keys: np.ndarray, ef: int):
+        super().__init__(keys)
+        module = importlib.import_module("usearch.index")
+        self.index = module.Index(ndim=keys.shape[1], metric="ip", dtype="f32", connectivity=16, expansion_search=ef)
+        self.index.add(np.arange(len(keys)), keys, threads=1)
+
+    def step(self, keys: np.ndarray) -> None:
+        slots = (self.at + np.arange(len(keys))) % len(self.keys)
+        super().step(keys)
+        self.index.remove(slots)
+        self.index.add(slots, keys, threads=1)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        found = self.index.search(queries, k, threads=1)
+        return np.asarray(found.keys, np.int64).reshape(len(queries), -1)
+
+
+def engines(keys: np.ndarray, slow: bool, only: str = "") -> dict[str, Any]:
+    """Every engine whose package is installed, over `keys`; the graphs only where building them is bearable.
+
+    `only` names, by their beginnings, those to take beside the first.
+    """
+    lists = 1 << round(np.log2(np.sqrt(len(keys))))
+    makers: dict[str, Any] = {
+        "float32 product alone": lambda: Product(keys),
+        "perdure exact": lambda: Perdure(keys),
+        "perdure exact, bfloat16": lambda: Perdure(keys, dtype="bfloat16"),
+        "perdure ivf": lambda: Perdure(keys, index="ivf"),
+        "numpy argpartition": lambda: NumPy(keys),
+        "torch topk": lambda: Torch(keys),
+        "faiss Flat": lambda: Faiss(keys),
+        "faiss IVFFlat, 1/16 of the lists": lambda: Faiss(keys, lists, lists // 16),
+    }
+    if slow:
+        makers["perdure hnsw"] = lambda: Perdure(keys, index="hnsw")
+        makers["hnswlib ef 128"] = lambda: Graph(keys, 128)
+        makers["usearch ef 128"] = lambda: USearch(keys, 128)
+    wanted = tuple(only.split(","))
+    makers = {name: maker for name, maker in makers.items() if name.startswith(("float32", *wanted))}
+    made = {}
+    for name, maker in makers.items():
+        try:
+            made[name] = maker()
+        except ImportError:
+            print(f"{name}: not installed")
+    return made

@@ -1,0 +1,90 @@
+"""The kinds of memory by name, and which class revives a saved one: from this table, never from what a file says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import numpy as np
+
+from ..backends.errors import ArgumentError
+from .protocol import Memory
+
+KINDS = {
+    "knn": ("knn", "KNNMemory"),
+    "continuous": ("continuous", "ContinuousMemory"),
+    "recurrent": ("recurrent", "RecurrentMemory"),
+    "compressive": ("compressive", "CompressiveMemory"),
+    "hybrid": ("hybrid", "HybridMemory"),
+}
+REPEATED = ("knn", "continuous", "recurrent")  # their state follows from calls of write and clear alone
+
+
+def class_of(kind: str) -> type[Memory]:
+    """The class called `kind`, "knn" for instance.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if kind not in KINDS:
+        raise ArgumentError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Name a kind of memory.")
+    module, name = KINDS[kind]
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def kind_of(memory: Memory) -> str:
+    """What `memory` is called in KINDS.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    for kind, (_, name) in KINDS.items():
+        if type(memory).__name__ == name and type(memory) is class_of(kind):
+            return kind
+    known = ", ".join(name for _, name in KINDS.values())
+    raise ArgumentError("memory", f"one of {known}", type(memory).__name__, "Save its state_dict yourself.")
+
+
+def config_of(state: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Kind and configuration that a state_dict carries.
+
+    Raises
+    ------
+    ArgumentError
+        No readable configuration, or an unknown kind.
+    """
+    try:
+        config = json.loads(bytes(np.asarray(state["config"], np.uint8)))
+        name = config.pop("kind")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ArgumentError("state", "a memory's state_dict", f"no readable configuration ({error})", REMEDY) from error
+    for kind, (_, known) in KINDS.items():
+        if name == known:
+            return kind, config
+    raise ArgumentError("state", f"one of {', '.join(KINDS)}", f"a memory called {name!r}"[:200], REMEDY)
+
+
+def revive(state: dict[str, Any]) -> Memory:
+    """The memory whose state_dict `state` is.
+
+    Raises
+    ------
+    ArgumentError
+        Not a state of a known kind, or one that does not fit together.
+    """
+    kind, config = config_of(state)
+    claimed, held = config.get("rows", 0), sum(array.nbytes for array in state.values())
+    if not isinstance(claimed, int) or claimed > held:  # every row has at least a counter of 8 bytes
+        raise ArgumentError("state", f"at most {held} rows", repr(claimed)[:80], REMEDY)
+    try:
+        return class_of(kind).from_state_dict(state)
+    except ArgumentError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
+        raise ArgumentError("state", f"the state of a {kind} memory", str(error)[:200], REMEDY) from error
+
+
+REMEDY = "Pass an unaltered state_dict."

@@ -1,0 +1,85 @@
+"""Which of a store's memories are open: as many as fit the cache, the longest unused leave first."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from .entry import Entry
+from .guard import Guard
+
+
+class Shelf:
+    """Open memories by name. A memory with uncommitted writes stays, and so does the one used last.
+
+    A thread that is reading a memory while it leaves reads on: what leaves is only the shelf's hold on it.
+    """
+
+    def __init__(self, cache: int, load: Callable[[Entry], Guard]):
+        self.cache, self._load = cache, load
+        self._table = threading.Lock()  # guards _open, and the leaving of memories
+        self._open: OrderedDict[str, Entry] = OrderedDict()
+        self.evictions = 0
+
+    def guard(self, entry: Entry) -> Guard:
+        """The memory of `entry`, brought into main memory where it is not."""
+        with self._table:
+            guard = entry.guard
+            if guard is not None and not entry.deleted:
+                self._open[entry.name] = entry
+                self._open.move_to_end(entry.name)
+                return guard
+        return self._load(entry)
+
+    def keep(self, entry: Entry) -> None:
+        """Note that a memory is open, and make room for it."""
+        with self._table:
+            self._open[entry.name] = entry
+            self._open.move_to_end(entry.name)
+        self.trim()
+
+    def trim(self) -> None:
+        """Let memories leave until the rest fits the cache."""
+        with self._table:
+            for entry in self._open.values():
+                guard = entry.guard
+                entry.held = 0 if guard is None else guard.memory.nbytes
+            total = self._held()
+            for entry in list(self._open.values())[:-1]:
+                if total <= self.cache:
+                    return
+                if entry.touched or not entry.lock.acquire(blocking=False):
+                    continue
+                try:
+                    if not entry.touched:
+                        entry.guard = None
+                        total -= entry.held
+                        del self._open[entry.name]
+                        self.evictions += 1
+                finally:
+                    entry.lock.release()
+
+    def drop(self, entry: Entry) -> None:
+        """Let a memory leave, whatever waits."""
+        with self._table:
+            entry.guard = None
+            if self._open.get(entry.name) is entry:
+                del self._open[entry.name]
+
+    def entries(self) -> list[Entry]:
+        """The entries of all open memories."""
+        with self._table:
+            return list(self._open.values())
+
+    def _held(self) -> int:
+        return sum(entry.held for entry in self._open.values())
+
+    def stats(self) -> dict[str, float]:
+        """How many memories are open, and what they hold."""
+        with self._table:
+            return {
+                "perdure_store_memories_open": len(self._open),
+                "perdure_store_cache_bytes": self._held(),
+                "perdure_store_evictions_total": self.evictions,
+            }

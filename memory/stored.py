@@ -1,0 +1,114 @@
+"""A memory that lives in a store, as its user holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..backends.errors import ArgumentError
+from .file import Savable
+from .kinds import REPEATED
+
+if TYPE_CHECKING:
+    from .entry import Entry
+    from .store import Store
+
+
+class StoredMemory(Savable):
+    """A memory of a store: it is written, read and cleared like any other; `Store.commit` makes that durable.
+
+    Every other public method and attribute is that of the memory itself: `read`, `search`, `capacity`, and so on. Only
+    `Store.memory` makes one, from its `store` and its `entry` there.
+    """
+
+    __slots__ = ("_entry", "_store")
+
+    def __init__(self, store: Store, entry: Entry):
+        object.__setattr__(self, "_store", store)
+        object.__setattr__(self, "_entry", entry)
+
+    @property
+    def name(self) -> str:
+        """Its name in the store."""
+        return self._entry.name
+
+    @property
+    def kind(self) -> str:
+        """What it is: "knn", "continuous", "recurrent", "compressive" or "hybrid"."""
+        return self._entry.about["kind"]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens held now, int64 (rows,)."""
+        return self._store._guard(self._entry).memory.tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in main memory."""
+        return self._store._guard(self._entry).memory.nbytes
+
+    def write(self, *args: Any, source: str | None = None, **kwargs: Any) -> None:
+        """The memory's own `write`, into main memory at once, and onto the disk with the next commit.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As that kind of memory takes them.
+        source : str, optional
+            Where the tokens come from, for the memory's `source_quota`.
+
+        Raises
+        ------
+        QuotaError, StoreError, and what the memory's write raises
+            In every case nothing has been written.
+        """
+        self._store._write(self._entry, args, kwargs, source)
+
+    def clear(self, rows: Sequence[int] | None = None) -> None:
+        """Forget everything in `rows` (all by default); once the store is checkpointed, no trace of it is left.
+
+        Raises
+        ------
+        ArgumentError
+            A row out of range; then nothing has been forgotten.
+        """
+        self._store._clear(self._entry, rows)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The memory's own state, as a flat dict of arrays, uncommitted writes included."""
+        return self._store._guard(self._entry).memory.state_dict()
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> StoredMemory:
+        """Not offered: a stored memory comes from its store, and no `state` makes one.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        raise ArgumentError("state", "a store", "a state_dict", "Use store.memory(name), or the memory's own class.")
+
+    def save(self, path: Any) -> None:
+        """Save a copy to one file at `path`, as the memory itself would.
+
+        Raises
+        ------
+        FileError, MissingPackageError
+        """
+        self._store._guard(self._entry).memory.save(path)  # type: ignore[attr-defined, unused-ignore]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "load_state_dict":
+            raise AttributeError(name)
+        memory = self._store._guard(self._entry).memory
+        if self.kind not in REPEATED and callable(getattr(memory, name)):
+            self._store._note(self._entry)
+        return getattr(memory, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: a stored memory changes by write and clear only")
+
+    def __repr__(self) -> str:
+        return f"<StoredMemory {self.name!r}, kind {self.kind!r}>"
