@@ -226,6 +226,38 @@ def test_only_the_chosen_layers_remember(ids):
     assert not torch.allclose(logits(model, ids), after)
 
 
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WIDE = {**LLAMA, **SPECIAL, "head_dim": 8}
+FAMILIES = {
+    "Gemma": WIDE,
+    "Gemma2": {**WIDE, "attn_logit_softcapping": None, "sliding_window": 64},
+    "Gemma3": {**WIDE, "sliding_window": 64},
+    "GPTNeoX": {**SPECIAL, **{name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}},
+    "Mistral": {**LLAMA, **SPECIAL, "sliding_window": None},
+    "OPT": {**SHAPE, **SPECIAL, "ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
+    "Phi": {**LLAMA, **SPECIAL},
+    "Phi3": {**LLAMA, **SPECIAL},
+    "Qwen2": {**LLAMA, **SPECIAL},
+    "Qwen3": WIDE,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_remembers_in_full(family, ids):
+    name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, name)(**FAMILIES[family])
+    model = seeded(lambda: getattr(transformers, f"{family}ForCausalLM")(config))
+    plain = logits(model, ids)
+    close = {"rtol": 0, "atol": 1e-5 * float(plain.abs().max())}
+    memory = attach(model, k=64, positions="true")
+    assert torch.equal(logits(model, ids), plain)
+    memory.clear()
+    torch.testing.assert_close(in_windows(model, ids, WINDOW), plain, **close)
+    detach(model)
+    attach(model, k=64, positions="clamped", distance=60)
+    torch.testing.assert_close(in_windows(model, ids, WINDOW), plain, **close)
+
+
 # ---- positions ------------------------------------------------------------------------------------------------------
 
 ROTARIES = {
@@ -621,6 +653,11 @@ def test_models_that_memory_cannot_join_are_refused():
     )
     with pytest.raises(perdure.ArgumentError, match="a decoder with causal self-attention"):
         attach(encoder)
+    fixed = transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(vocab_size=9, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
+    )
+    with pytest.raises(perdure.ArgumentError, match="attention that can be replaced"):
+        attach(fixed)
     with pytest.raises(perdure.ArgumentError, match="a PreTrainedModel"):
         attach(torch.nn.Linear(2, 2))
     model = llama()

@@ -30,9 +30,9 @@ def table(results: list[Result], window: int) -> str:
 def remembered(results: list[Result], ids: torch.Tensor, tokenizer: Any, window: int) -> str:
     """The tokens that memory helped most, each with the memory that its prediction drew on.
 
-    Helped is by how much the probability of the token is above that of any baseline but full attention. Some heads look
-    at something remembered whatever the text; so, of all memories that a prediction drew on, the one shown is that
-    whose weight stands out most from the usual one of the head that looked.
+    Helped is by how much the token is likelier than by any baseline but full attention. Some heads look at something
+    remembered whatever the text; so, of all memories that a prediction drew on, the one shown is that whose weight
+    stands out most from the usual one of the head that looked.
     """
     with_trace = next(r for r in results if r.trace is not None)
     others = torch.stack([r.losses for r in results if r.trace is None and r.name != "full attention"])

@@ -41,7 +41,7 @@ def attach(
     Parameters
     ----------
     model : PreTrainedModel
-        A decoder with the "sdpa" or "eager" attention of transformers: GPT-2, Llama and the like.
+        A decoder with the "sdpa" or "eager" attention of transformers: GPT-2, Llama, Qwen, Mistral and the like.
     tokenizer : optional
         Lets `read_document` take text.
     layers : "all", int or sequence of int
@@ -99,7 +99,8 @@ def attach(
     checks.count("sinks", sinks, least=0)
     checks.choice("mixing", mixing, MIXINGS)
     checks.choice("positions", positions, POSITIONS)
-    context = model.config.max_position_embeddings
+    config = model.config.get_text_config(decoder=True)
+    context = config.max_position_embeddings
     if distance is None:
         distance = max(context // 2, 1) if positions == "clamped" else window
     checks.count("distance", distance)
@@ -107,6 +108,10 @@ def attach(
     learned = not any(rotaries.values())
     near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
     stores = {"near": near, "far": capacity - near, "distance": distance, "sinks": sinks, "k": k}
+    model.set_attn_implementation(implementation(base))
+    if model.config._attn_implementation != implementation(base):
+        remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."
+        raise ArgumentError("model", "attention that can be replaced", type(model).__name__, remedy)
     memory = ModelMemory(
         model,
         tokenizer,
@@ -117,14 +122,13 @@ def attach(
     )
     if mixing == "gate":
         for i in chosen:
-            heads = model.config.num_attention_heads
+            heads = config.num_attention_heads
             like = next(attentions[i].parameters())
             attentions[i].register_parameter(
                 GATE, nn.Parameter(torch.zeros(heads, dtype=like.dtype, device=like.device))
             )
-    memory.restore = (base, [attentions[i] for i in chosen], hook(model.base_model, attentions, memory))
+    memory.restore = (base, [attentions[i] for i in chosen], hook(find_body(model, attentions), attentions, memory))
     setattr(model, ATTACHED, memory)
-    model.set_attn_implementation(implementation(base))
     return memory
 
 
@@ -166,10 +170,17 @@ def find_attentions(model: nn.Module) -> dict[int, nn.Module]:
     if not found or model.config.is_encoder_decoder:
         remedy = "Attach memory to a decoder such as GPT-2, Llama, Qwen or Mistral."
         raise ArgumentError("model", "a decoder with causal self-attention", type(model).__name__, remedy)
-    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
         remedy = "Set config.attn_logit_softcapping to None, or use another model."
         raise ArgumentError("model", "attention without a soft cap on its scores", type(model).__name__, remedy)
     return found
+
+
+def find_body(model: nn.Module, attentions: dict[int, nn.Module]) -> nn.Module:
+    """The innermost model that holds all attention layers: the one that is called whoever is called."""
+    wanted = set(attentions.values())
+    bodies = [m for m in model.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())]
+    return bodies[-1]
 
 
 def choose(layers: str | int | Sequence[int], known: list[int]) -> list[int]:

@@ -197,7 +197,7 @@ class ModelMemory:
                 )
             given["position_ids"] = positions = positions.clamp(max=self._limit - 1)
         if cache is not None:
-            bound(cache, self.window, self.layers, self.model.config.num_hidden_layers)
+            bound(cache, self.window, self.layers, self.model.config.get_text_config(decoder=True).num_hidden_layers)
         self.positions, self._mask, self._cache, self._ids = positions, mask, cache, given.get("input_ids")
         if self.trace is not None:
             self.trace.begin(n, given.get("input_ids"))
