@@ -27,8 +27,12 @@ def run(arguments: argparse.Namespace) -> None:
     print("\npackages")
     for package in PACKAGES:
         print(f"  {package:14}{installed(package)}")
-    print(f"\nbackends (now: {current_backend()}, set by {VARIABLE})")
-    for line in repr(available_backends()).splitlines():
+    usable = available_backends()
+    now, unusable = current_backend(), usable.unusable
+    whose = f"set by {VARIABLE}" if os.environ.get(VARIABLE) else "the default"
+    known = "" if now in usable or now in unusable else ", which is unknown"
+    print(f"\nbackends (now: {now}, {whose}{known})")
+    for line in repr(usable).splitlines():
         print(f"  {line}")
     print("\nprocessor")
     print(f"  {processor()}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import kernel
-from ..backends.arrays import cast, namespace
+from ..backends.arrays import cast, common_framework, namespace
 from ..backends.errors import ArgumentError, DTypeError
 from . import checks
 from .retrieval import Neighbours
@@ -52,7 +52,7 @@ def attend(
     scale : float, optional
         Factor on q·k; 1/sqrt(d) by default.
     mask : bool array, broadcastable to (..., q, n), or to (..., q, k) with positions; optional
-        True where a query may attend.
+        True where a query may attend. A key that no query may see may hold anything, NaN included.
 
     Returns
     -------
@@ -70,6 +70,7 @@ def attend(
     Source: Memorizing Transformers (arXiv 2203.08913), section 3.1.
     """
     checks.floating_arrays(queries=queries, keys=keys, values=values)
+    common_framework(queries=queries, positions=positions)
     checks.shape("queries", queries, "q", "d")
     checks.shape("keys", keys, "n", queries.shape[-1])
     checks.shape("values", values, keys.shape[-2], "dv")
@@ -82,12 +83,17 @@ def attend(
         checks.within("positions", positions, -1, keys.shape[-2] - 1)
     width = keys.shape[-2] if positions is None else positions.shape[-1]
     checks.mask(mask, lead, queries.shape[-2], width)
-    if scale is None:
-        scale = 1 / math.sqrt(max(queries.shape[-1], 1))
+    scale = 1 / math.sqrt(max(queries.shape[-1], 1)) if scale is None else checks.number("scale", scale)
     if keys.shape[-2] == 0 or width == 0:  # nothing to attend to: one forbidden key keeps graph and formula whole
-        keys, values = (xp.zeros((1, a.shape[-1]), dtype=a.dtype, device=a.device) for a in (keys, values))
+        keys, values = (
+            xp.zeros((*a.shape[:-2], 1, a.shape[-1]), dtype=a.dtype, device=a.device) for a in (keys, values)
+        )
         positions, mask = None, xp.zeros((1, 1), dtype=xp.bool, device=queries.device)
-    return Reading(*attention(queries, keys, values, positions, scale, mask, 0))
+    output, lse = attention(queries, keys, values, positions, scale, mask, 0)
+    shape = (*lead, *output.shape[-2:])
+    if tuple(output.shape) != shape or tuple(lse.shape) != shape[:-1]:
+        output, lse = xp.broadcast_to(output, shape), xp.broadcast_to(lse, shape[:-1])
+    return Reading(output, lse)
 
 
 @kernel(wide=(1,))
@@ -97,18 +103,28 @@ def attention(
     """output = softmax(scale q·k) v and lse = log sum exp(scale q·k), over keys whose oldest stands at slot `start`."""
     xp = namespace(queries)
     if positions is None:
-        allowed = xp.asarray(True, device=queries.device) if mask is None else mask
+        allowed = xp.asarray(True, device=queries.device)
+        if mask is not None:  # what no query may see is blank: 0 times NaN would be NaN
+            allowed = xp.broadcast_to(mask, (*mask.shape[:-2], *queries.shape[-2:-1], keys.shape[-2]))
+            seen = xp.any(allowed, axis=-2)[..., None]  # (..., n, 1)
+            keys, values = blanked(keys, seen), blanked(values, seen)
         scores = scale * (queries @ xp.matrix_transpose(keys))  # (..., q, n)
     else:
         found = positions >= 0
         allowed = found if mask is None else found & mask
         slots = xp.where(found, (positions + start) % keys.shape[-2], 0)  # (..., q, k)
-        keys, values = gather(keys, slots), gather(values, slots)  # (..., q, k, d), (..., q, k, dv)
+        keys, values = (blanked(gather(a, slots), allowed[..., None]) for a in (keys, values))  # (..., q, k, d or dv)
         scores = scale * xp.sum(queries[..., None, :] * keys, axis=-1)  # (..., q, k)
     weights, lse = masked_softmax(scores, allowed)
     if positions is None:
         return weights @ values, lse
     return xp.sum(weights[..., None] * values, axis=-2), lse
+
+
+def blanked(vectors: Any, allowed: Any) -> Any:
+    """`vectors` with zeros where not `allowed`."""
+    xp = namespace(vectors)
+    return xp.where(allowed, vectors, xp.asarray(0, dtype=vectors.dtype, device=vectors.device))
 
 
 def gather(table: Any, slots: Any) -> Any:
@@ -171,9 +187,10 @@ def merge(*readings: Reading) -> Reading:
     for i, reading in enumerate(readings):
         if not isinstance(reading, Reading):
             raise ArgumentError(f"readings[{i}]", "a Reading", type(reading).__name__, "Pass what read or attend gave.")
-        checks.floating_arrays(output=readings[0].output, **{f"readings[{i}].output": reading.output})
-        checks.shape(f"readings[{i}].output", reading.output, *readings[0].output.shape)
-        checks.shape(f"readings[{i}].lse", reading.lse, *readings[0].output.shape[:-1])
+        parts = {f"readings[{i}].output": reading.output, f"readings[{i}].lse": reading.lse}
+        checks.floating_arrays(**{"readings[0].output": readings[0].output, **parts})
+        checks.shape(f"readings[{i}].output", reading.output, *readings[0].output.shape, whole=True)
+        checks.shape(f"readings[{i}].lse", reading.lse, *readings[0].output.shape[:-1], whole=True)
     neighbours = next((r.neighbours for r in readings if r.neighbours is not None), None)
     pairs = ((r.output, r.lse) for r in readings)
     output, lse = functools.reduce(lambda a, b: merge_two(*a, *b), pairs)
@@ -215,11 +232,14 @@ def gate(memory_output: Any, local_output: Any, bias: Any) -> Any:
     """
     reading = memory_output if isinstance(memory_output, Reading) else None
     output = memory_output if reading is None else reading.output
-    checks.floating_arrays(local_output=local_output, memory_output=output, bias=bias)
+    lse = None if reading is None else reading.lse
+    checks.floating_arrays(local_output=local_output, memory_output=output, lse=lse, bias=bias)
     checks.shape("local_output", local_output, "heads", "q", "dv")
-    checks.shape("memory_output", output, *local_output.shape)
-    checks.shape("bias", bias, local_output.shape[-3])
-    return gated(local_output, output, None if reading is None else reading.lse, bias)
+    checks.shape("memory_output", output, *local_output.shape, whole=True)
+    checks.shape("bias", bias, local_output.shape[-3], whole=True)
+    if lse is not None:
+        checks.shape("memory_output.lse", lse, *output.shape[:-1], whole=True)
+    return gated(local_output, output, lse, bias)
 
 
 @kernel

@@ -91,11 +91,27 @@ def count(argument: str, value: Any, least: int = 1) -> int:
     """
     try:
         number = value.__index__()
-    except AttributeError:
+    except (AttributeError, TypeError):
         number = None
     if number is None or isinstance(value, bool) or number < least:
         raise ArgumentError(argument, f"a whole number of at least {least}", repr(value), f"Pass {argument}={least}.")
     return int(number)
+
+
+def number(argument: str, value: Any) -> float:
+    """`value` as a finite float.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise ArgumentError(argument, "a finite number", repr(value)[:80], f"Pass {argument} as a float.")
+    return result
 
 
 def positive(argument: str, value: Any) -> float:

@@ -220,7 +220,7 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
         raise ShapeError("x", "at least one sample, (..., L, e)", str(tuple(x.shape)), "Pass samples to fit.")
     if not isinstance(basis, Basis):
         raise ArgumentError("basis", "a Basis", type(basis).__name__, "Pass perdure.gaussian_basis(n).")
-    fixed = None if ridge == "gcv" else penalty(ridge)
+    fixed = None if isinstance(ridge, str) and ridge == "gcv" else penalty(ridge)
     checks.measurable(x=x)
     where = centred(length)
     if positions is not None:

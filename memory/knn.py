@@ -176,7 +176,10 @@ class KNNMemory(Savable):
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
         if tags is not None:
             tags = np.full(tokens, tags) if isinstance(tags, int) else tags
-            tags = token_array("tags", tags, tokens, "integral").astype(np.int64)
+            tags = token_array("tags", tags, tokens, "integral")
+            if tags.dtype == np.uint64:
+                checks.within("tags", tags, 0, np.iinfo(np.int64).max)
+            tags = tags.astype(np.int64)
         with self._lock.writing:
             for i, row in enumerate(chosen):
                 self._rows[row].reserve(int(present[i].sum()), tags is not None)
@@ -288,7 +291,7 @@ class KNNMemory(Savable):
         ------
         ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
         """
-        scale = 1 / math.sqrt(self.dim) if scale is None else scale
+        scale = 1 / math.sqrt(self.dim) if scale is None else checks.number("scale", scale)
         found = []
         chosen, grouped = self._grouped(queries, rows, k)
         with self._lock.reading:
@@ -383,6 +386,10 @@ class KNNMemory(Savable):
             No state of a KNNMemory, or an altered one.
         """
         config, arrays = unpack("KNNMemory", state)
+        if set(config) != set(CONFIG):
+            raise ArgumentError(
+                "state['config']", f"{', '.join(CONFIG)}", str(sorted(config)), "Pass an unaltered state_dict."
+            )
         memory = cls(**config)
         written = required(arrays, "written", (memory.rows,), np.int64)
         if (written < 0).any():
@@ -393,6 +400,8 @@ class KNNMemory(Savable):
             for name, empty in row.arrays.items():
                 shape = (empty.shape[0], row.stored, *empty.shape[2:])
                 row.arrays[name] = required(arrays, f"rows.{i}.{name}", shape, empty.dtype)
+                if np.issubdtype(empty.dtype, np.floating):
+                    checks.finite(**{f"state['rows.{i}.{name}']": row.arrays[name]})
             learned = f"rows.{i}.index."
             row.index.restore({n.removeprefix(learned): a for n, a in arrays.items() if n.startswith(learned)})
         return memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ def listed(rows: Sequence[int] | None, total: int) -> list[int]:
     """
     if rows is None:
         return list(range(total))
+    if not isinstance(rows, Iterable):
+        raise ArgumentError("rows", "a sequence of row numbers", repr(rows), f"Pass rows=[{rows!r}].")
     chosen = [checks.count("rows", row, least=0) for row in rows]
     if len(set(chosen)) < len(chosen) or any(row >= total for row in chosen):
         raise ArgumentError("rows", f"distinct rows below {total}", str(chosen), "Name each row once.")

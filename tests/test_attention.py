@@ -67,6 +67,39 @@ def test_a_forbidden_value_cannot_leak_through_infinity(rng):
     assert reading.output.item() == 1.0
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("run", ["numpy", "numba", "torch", "torch-autograd"])
+def test_what_no_query_may_see_may_hold_anything(rng, run, poison):
+    """0 times NaN is NaN: forbidden keys and values have to be left out, not weighted with zero."""
+    queries, keys, values = (rng.standard_normal((n, 4)) for n in (3, 6, 6))
+    allowed = np.array([[False, True, True, False, True, True]] * 3)
+    positions = np.array([[1, 2, -1], [4, -1, 5], [-1, -1, -1]])
+    clean = [perdure.attend(queries, keys, values, mask=allowed), perdure.attend(queries, keys, values, positions)]
+    keys[[0, 3]], values[[0, 3]] = poison, poison
+    arrays = [queries, keys, values, positions, allowed]
+    if run.startswith("torch"):
+        arrays = [torch.from_numpy(a) for a in arrays]
+        arrays[0].requires_grad_(run == "torch-autograd")
+    queries, keys, values, positions, allowed = arrays
+    with perdure.backend(run if run in ("numpy", "numba") else "numba"):
+        read = [perdure.attend(queries, keys, values, mask=allowed), perdure.attend(queries, keys, values, positions)]
+    for reading, expected in zip(read, clean, strict=True):
+        np.testing.assert_allclose(
+            reading.output.detach() if "torch" in run else reading.output, expected.output, atol=1e-12
+        )
+    if run == "torch-autograd":
+        gradient = torch.autograd.grad(read[0].output.sum() + read[1].output.sum(), queries)[0]
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_leading_axes_of_every_argument_lead_the_reading(n):
+    reading = perdure.attend(np.ones((3, 4)), np.ones((n, 4)), np.ones((2, n, 2)))
+    assert reading.output.shape == (2, 3, 2)
+    assert reading.lse.shape == (2, 3)
+    assert perdure.merge(reading, reading).output.shape == (2, 3, 2)
+
+
 @given(data=st.data())
 def test_merging_parts_is_attending_to_the_whole(data):
     queries = data.draw(strategies.values((2, 5, 4)))
@@ -121,6 +154,10 @@ def test_gate_mixes_by_the_sigmoid_and_keeps_local_where_memory_is_empty(rng):
         ({"positions": np.full((2, 2), -2)}, "positions", perdure.ArgumentError),
         ({"mask": np.ones((2, 5))}, "mask", perdure.DTypeError),
         ({"mask": np.ones((3, 5), bool)}, "mask", perdure.ShapeError),
+        ({"positions": [[0], [1]]}, "positions", perdure.FrameworkError),
+        ({"positions": torch.zeros(2, 1, dtype=torch.int64)}, "positions", perdure.FrameworkError),
+        ({"scale": np.nan}, "scale", perdure.ArgumentError),
+        ({"scale": "x"}, "scale", perdure.ArgumentError),
     ],
 )
 def test_what_attend_rejects(change, argument, error):
@@ -138,5 +175,11 @@ def test_what_merge_and_gate_reject():
         perdure.merge(reading, reading.output)
     with pytest.raises(perdure.ShapeError, match="output"):
         perdure.merge(reading, perdure.Reading(reading.output[:1], reading.lse[:1]))
+    with pytest.raises(perdure.FrameworkError, match="lse"):
+        perdure.merge(reading, perdure.Reading(reading.output, torch.zeros(2)))
+    with pytest.raises(perdure.ShapeError, match="lse"):
+        perdure.gate(perdure.Reading(np.ones((2, 3, 4)), np.ones(3)), np.ones((2, 3, 4)), np.zeros(2))
+    with pytest.raises(perdure.ShapeError, match="bias"):
+        perdure.gate(np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.zeros((5, 2)))
     with pytest.raises(perdure.ShapeError, match="bias"):
         perdure.gate(np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.zeros(3))

@@ -97,7 +97,7 @@ WRONG = {
     "positions": (lambda: perdure.attend(A, B, B, A), "DTypeError", "positions", "integers", "float64"),
     "no readings": (perdure.merge, "ArgumentError", "readings", "at least one", "none"),
     "no reading": (lambda: perdure.merge(A), "ArgumentError", "readings[0]", "a Reading", "ndarray"),
-    "bias": (lambda: perdure.gate(A, A, np.ones(3)), "ShapeError", "bias", "(..., 2)", "(3,)"),
+    "bias": (lambda: perdure.gate(A, A, np.ones(3)), "ShapeError", "bias", "(2)", "(3,)"),
     "rows": (lambda: memory(rows=0), "ArgumentError", "rows", "at least 1", "0"),
     "capacity": (lambda: memory(capacity=-1), "ArgumentError", "capacity", "at least 1", "-1"),
     "write": (lambda: memory().write(C, C), "ShapeError", "keys", "(1, 2, n, 4)", "(1, 2, 3, 5)"),

@@ -242,6 +242,8 @@ def test_bytes_follow_what_is_stored(rng):
         ({"mask": [[True] * 5] * 2}, "mask", perdure.FrameworkError),
         ({"tags": np.zeros((2, 4), int)}, "tags", perdure.ShapeError),
         ({"tags": np.zeros((2, 5))}, "tags", perdure.DTypeError),
+        ({"tags": np.full((2, 5), 2**64 - 1, np.uint64)}, "tags", perdure.ArgumentError),
+        ({"rows": 1}, "rows", perdure.ArgumentError),
         ({"rows": [0, 2]}, "rows", perdure.ArgumentError),
         ({"rows": [1, 1]}, "rows", perdure.ArgumentError),
         ({"rows": [-1, 0]}, "rows", perdure.ArgumentError),
@@ -268,6 +270,7 @@ def test_a_rejected_write_changes_nothing(rng, change, argument, error):
         ({"queries": np.zeros((1, 2, 1, 4))}, "queries"),
         ({"queries": np.full((2, 2, 1, 4), np.nan)}, "queries"),
         ({"rows": [5]}, "rows"),
+        ({"scale": np.nan}, "scale"),
         ({"queries": np.zeros((0, 2, 1, 4)), "rows": []}, "rows"),
     ],
 )

@@ -41,6 +41,14 @@ def test_top_k_is_a_brute_force_search(space, data):
     assert all(len(set(row)) == found for row in kept)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
+def test_vectors_of_no_components_all_tie(backend):
+    with perdure.backend(backend):
+        near = perdure.top_k(np.ones((2, 0)), np.ones((3, 0)), k=2)
+    assert near.positions.tolist() == [[2, 1], [2, 1]]
+    assert (near.scores == 0).all()
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
 def test_distances_survive_a_common_offset(rng, offset):
     """|q|² - 2 q·k + |k|² in float32 loses everything at a mean of 1e3."""
@@ -72,6 +80,7 @@ def test_scores_have_gradients_and_positions_none():
         ({"k": 0}, "k", perdure.ArgumentError),
         ({"k": 1.5}, "k", perdure.ArgumentError),
         ({"k": True}, "k", perdure.ArgumentError),
+        ({"k": np.array([1, 2])}, "k", perdure.ArgumentError),
         ({"space": "euclid"}, "space", perdure.ArgumentError),
         ({"keys": np.ones((5, 4))}, "keys", perdure.ShapeError),
         ({"keys": np.ones((3, 5, 3)), "queries": np.ones((2, 4, 3))}, "keys", perdure.ShapeError),

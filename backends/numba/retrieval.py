@@ -18,6 +18,8 @@ BLOCK = 4096  # keys made panels at once: with d = 64, 1 MiB
 def retrieve(queries: np.ndarray, keys: np.ndarray, k: int, space: str, mask: Any, start: int) -> Any:
     lead, (queries, keys) = flatten(queries, keys)
     (batch, q, d), n = queries.shape, keys.shape[1]
+    if d == 0:
+        return NotImplemented
     if mask is not None:
         mask = np.broadcast_to(mask, (*lead, q, n)).reshape(batch, q, n)
     scores = np.full((batch, q, k), -np.inf, queries.dtype)

@@ -99,7 +99,7 @@ def read_text(path: Path, limit: int) -> str:
                 "--file", "a regular file", f"{path}, which is a folder, pipe or device", "Name a text file."
             )
         with path.open("rb") as stream:
-            content = stream.read(limit)
+            content = stream.read(min(limit, path.stat().st_size + 1))
     except (OSError, ValueError) as error:
         if isinstance(error, FileError):
             raise

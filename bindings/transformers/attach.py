@@ -64,7 +64,7 @@ def attach(
     sinks : int
         How many of a document's first tokens are kept for good, beside `capacity`, and read by every query. Models park
         the attention they have no use for on them, and read badly once they are gone (Xiao et al., arXiv 2309.17453).
-    index : {"exact"}
+    index : {"exact", "ivf", "hnsw", "auto"}
         How memories are found; see `KNNMemory`.
 
     Returns
