@@ -386,11 +386,12 @@ class KNNMemory(Savable):
             No state of a KNNMemory, or an altered one.
         """
         config, arrays = unpack("KNNMemory", state)
-        if set(config) != set(CONFIG):
+        try:
+            memory = cls(**config)
+        except TypeError as error:
             raise ArgumentError(
-                "state['config']", f"{', '.join(CONFIG)}", str(sorted(config)), "Pass an unaltered state_dict."
-            )
-        memory = cls(**config)
+                "state['config']", "a KNNMemory's", str(error), "Pass an unaltered state_dict."
+            ) from error
         written = required(arrays, "written", (memory.rows,), np.int64)
         if (written < 0).any():
             raise ArgumentError("state['written']", "counts", str(written), "Pass an unaltered state_dict.")

@@ -115,8 +115,8 @@ def poisoned_memory():
         np.empty = empty
 
 
-def assert_close(name, result, expected, dtype):
-    if dtype == "float16":  # narrow() saturates
+def assert_close(name, result, expected, dtype, wide=False):
+    if dtype == "float16" and not wide:  # narrow() saturates
         expected = np.where(np.isinf(expected), expected, expected.clip(-65504, 65504))
     assert result.shape == expected.shape
     finite = np.isfinite(expected)
@@ -177,8 +177,8 @@ def test_kernel_agrees_with_its_formula(name, run, data):
     if name == "retrieve":
         assert_retrieved(plain, expected, exact, dtype)
     else:
-        for result, wanted in zip(plain, expected, strict=True):
-            assert_close(name, result, wanted, dtype)
+        for i, (result, wanted) in enumerate(zip(plain, expected, strict=True)):
+            assert_close(name, result, wanted, dtype, wide=i in kernel.wide)
     if run.autograd:
         assert_finite_gradients(results, args)
 
