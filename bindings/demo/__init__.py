@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from ...backends.arrays import optional_import
@@ -36,6 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     """
     settings = Settings.parsed(arguments)
     document = settings.document()
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # on shared cores, PyTorch's threads otherwise spin while they wait
     for module, extra in (("torch", "transformers"), ("transformers", "transformers"), ("matplotlib.figure", "plot")):
         optional_import(module, extra)
     from ..pretrained import smollm2

@@ -87,7 +87,9 @@ def save_plot(results: list[Result], settings: Settings, title: str) -> Path:
         ends = settings.window + width + np.arange(len(smooth))
         curves.plot(ends, np.exp(smooth), color=colour, label=result.name)
     curves.set(xlabel="tokens read", ylabel=f"perplexity of the last {width} tokens", yscale="log")
-    curves.legend(fontsize="small")
+    curves.legend(fontsize="small", loc="upper right")
+    curves.yaxis.set_minor_formatter("{x:g}")
+    curves.yaxis.set_major_formatter("{x:g}")
     figure.suptitle(f"{Path(title).name}, {len(results[0].losses)} tokens", fontsize="medium")
     path = settings.output / "demo.png"
     figure.savefig(path, dpi=130)
