@@ -13,8 +13,9 @@ from typing import Any
 from ..backends.errors import ForkError, StoreError
 from .catalogue import Catalogue
 from .disk import made_folder
-from .engine import Engine, WriterLock
+from .engine import Engine
 from .lock import forks
+from .writer import WriterLock
 
 
 class Session:
