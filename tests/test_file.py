@@ -129,6 +129,29 @@ def test_every_kind_goes_on_bit_for_bit_whatever_way_it_travelled(tmp_path, kind
         assert same(other, memory)
 
 
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("knn-*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("mmap", [False, True])
+def test_files_of_every_version_open(path, mmap):
+    expected, found = counting().state_dict(), perdure.load(path, mmap=mmap).state_dict()
+    for name in ("written", *(f"rows.{i}.{part}" for i in (0, 2) for part in ("keys", "values", "tags"))):
+        assert np.array_equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("*Memory-*")), ids=lambda path: path.name)
+def test_files_of_every_kind_and_version_open(path):
+    """Each was saved after four steps of `lived`."""
+    held, memory = safetensors.numpy.load_file(path), perdure.load(path)
+    found = memory.state_dict()
+    assert type(memory).__name__ == path.name.partition("-")[0]
+    assert all(np.array_equal(held[name], found[name]) for name in held.keys() - {"config"})
+    assert all(np.isfinite(answer).all() for answer in lived(memory, 4))
+
+
+@pytest.mark.parametrize("name", ["knn", *KINDS])
+def test_there_is_a_fixture_of_the_current_version(name):
+    assert (FIXTURES / f"{name}-{file.VERSION}.safetensors").is_file()
+
+
 def test_the_library_of_the_format_reads_the_file(saved):
     arrays, state = safetensors.numpy.load_file(saved), counting().state_dict()
     assert arrays.keys() == state.keys()
@@ -138,18 +161,6 @@ def test_the_library_of_the_format_reads_the_file(saved):
 def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
     counting().save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == saved.read_bytes()
-
-
-@pytest.mark.parametrize("path", sorted(FIXTURES.glob("knn-*")), ids=lambda path: path.name)
-@pytest.mark.parametrize("mmap", [False, True])
-def test_files_of_every_version_open(path, mmap):
-    expected, found = counting().state_dict(), perdure.load(path, mmap=mmap).state_dict()
-    for name in ("written", *(f"rows.{i}.{part}" for i in (0, 2) for part in ("keys", "values", "tags"))):
-        assert np.array_equal(found[name], expected[name]), name
-
-
-def test_there_is_a_fixture_of_the_current_version():
-    assert (FIXTURES / f"knn-{file.VERSION}.safetensors").is_file()
 
 
 def test_what_a_mapped_memory_changes_stays_its_own(saved):
