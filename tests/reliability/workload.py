@@ -61,6 +61,11 @@ class Expected:
             self.parts.append({name: fingerprint({name: memory}) for name, memory in self.memories.items()})
         return self.after[step]
 
+    def names(self, step):
+        """The names of all memories after a step, sorted."""
+        self[step]
+        return sorted(self.parts[step])
+
     def part(self, step, name):
         """The fingerprint of one memory after a step; None where there is none."""
         self[step]
