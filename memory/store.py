@@ -217,7 +217,7 @@ class Store:
             work = [entry for entry in self._catalogue.entries.values() if entry.touched]
             if not work and not self._catalogue.dropped:
                 return
-            self._catalogue.commit(work)
+            self._session.commit(work)
             self._quota.count(self._catalogue.entries.values())
             self._calls.shelf.trim()
             try:
@@ -249,7 +249,7 @@ class Store:
                     if not self._catalogue.compactable(entry.place):
                         continue
                     entry.whole = entry.touched = True
-                self._catalogue.commit([entry])
+                self._session.commit([entry])
             self._quota.count(self._catalogue.entries.values())
             self._engine.give_back()
             if not self._engine.move_log(truncate=True):

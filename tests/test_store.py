@@ -581,6 +581,44 @@ def test_after_a_kill_a_reader_and_a_writer_find_what_was_committed(path):
         store.verify()
 
 
+def test_a_log_that_is_gone_or_cut_after_a_kill_is_noticed(path, tmp_path):
+    with perdure.open(path) as store:
+        store.memory("a", **SHAPE).write(segment(), segment())
+    store = perdure.open(path)
+    store.memory("a").write(segment(1), segment(1))
+    store.commit()
+    shutil.copytree(path, tmp_path / "killed")
+    store.close()
+    log = tmp_path / "killed" / (schema.FILE + "-wal")
+    whole = log.read_bytes()
+    for left in (whole[:0], whole[:-100], whole[:40] + bytes(len(whole) - 40)):
+        log.write_bytes(left)
+        for readonly in (False, True):
+            with pytest.raises(perdure.FileError, match="the 2 commits that were acknowledged, got 1"):
+                perdure.open(tmp_path / "killed", readonly=readonly)
+        log.with_name(schema.FILE + "-shm").unlink(missing_ok=True)
+        log.write_bytes(whole)
+        shutil.copytree(tmp_path / "killed", tmp_path / "whole")
+        with perdure.open(tmp_path / "whole") as store:
+            assert store.memory("a").tokens.tolist() == [10, 10]
+        shutil.rmtree(tmp_path / "whole")
+    log.unlink()
+    (tmp_path / "killed" / writer.LOCK).unlink()
+    with perdure.open(tmp_path / "killed") as store:  # as the error says
+        assert store.memory("a").tokens.tolist() == [5, 5]
+        store.verify()
+
+
+@pytest.mark.parametrize("note", [b"", b"\0" * 20, b"9 comm", b"9 commits 00000000\n", b"-1", b"9" * 100])
+def test_a_note_that_is_none_claims_nothing(path, note):
+    with perdure.open(path) as store:
+        store.memory("a", **SHAPE)
+    (path / writer.LOCK).write_bytes(note)
+    for readonly in (True, False):
+        with perdure.open(path, readonly=readonly) as store:
+            assert store.names() == ["a"]
+
+
 def in_child(action):
     """What `action` raises in a forked child, by name."""
     reading, writing = os.pipe()
