@@ -58,7 +58,11 @@ def open(
     StoreError
         Another process, or this one, has it open for writing.
     FileError
-        Something that is no store, or a damaged one.
+        Something that is no store, a damaged one, or one of a newer version.
+
+    Notes
+    -----
+    Cost: the names and places of all memories are read and verified; the memories themselves when they are used.
 
     Examples
     --------
@@ -79,7 +83,8 @@ class Store:
     """Named memories that survive: `memory` to get one, `commit` to make what was written durable.
 
     Made by `perdure.open`, which documents the parameters. Threads may share a store and its memories; a process that
-    forks must open its own in the child.
+    forks must open its own in the child. Every method raises StoreError once the store is closed, and ForkError in a
+    child of the process that opened it.
 
     Locks, from the outside in: the session's (the connection), an entry's (its one writer), the shelf's (which memories
     are open), and the memory's own. A read takes the shelf's for a moment, then the memory's, so no reader waits for a
@@ -134,11 +139,18 @@ class Store:
         **config
             The arguments of that kind's class.
 
+        Returns
+        -------
+        StoredMemory
+            To be used like a memory of that kind. It is read from the disk when first used, and again after it has left
+            the cache: its state, and the calls since then, which are repeated.
+
         Raises
         ------
         ArgumentError
-            No such memory and no kind; or there is one that is not as described.
-        StoreError, FileError
+            No such memory and no kind; an unknown, missing or wrong setting; or there is one that is not as described.
+        QuotaError
+            There are a million already.
         """
         with self._session.using():
             encoded(name)
@@ -167,12 +179,14 @@ class Store:
             return {name: entry.bytes for name, entry in sorted(self._catalogue.entries.items())}
 
     def clear(self, name: str) -> None:
-        """Forget all that the memory called `name` holds.
+        """Forget all that the memory called `name` holds: durable with the next commit, no trace after `checkpoint`.
 
         Raises
         ------
         ArgumentError
             There is none.
+        StoreError
+            The store is open for reading only.
         """
         self.memory(name).clear()
 
@@ -265,9 +279,14 @@ class Store:
     def refresh(self) -> None:
         """Where the store is open for reading only: see what has been committed since.
 
+        Open memories are brought along by repeating the writer's calls, or read anew when used next.
+
         Raises
         ------
-        FileError, StoreError
+        FileError
+            Damaged.
+        StoreError
+            The disk failed.
         """
         with self._session.using():
             self._calls.follow()
@@ -279,6 +298,10 @@ class Store:
         ------
         FileError
             Damaged.
+
+        Notes
+        -----
+        Cost: a read of all bytes, one SHA-256 over them, and every memory in turn in main memory.
         """
         with self._session.using(), self._engine.transaction(write=False):
             self._catalogue.verify()

@@ -477,6 +477,23 @@ def test_after_a_checkpoint_no_trace_is_left(path, how, between):
     store.close()
 
 
+@pytest.mark.parametrize("where", ["database", "bodies"])
+def test_the_search_for_traces_finds_those_of_a_store_that_leaves_them(path, monkeypatch, where):
+    monkeypatch.setattr(schema, "PRAGMAS", (*schema.PRAGMAS, "secure_delete = OFF"))
+    monkeypatch.setattr(engine.Engine, "give_back", lambda self: None)
+    if where == "bodies":
+        monkeypatch.setattr(engine, "INLINE", 0)
+    marked = np.full((2, 2, 5, 4), np.frombuffer(b"KANA", np.float32)[0])
+    with perdure.open(path) as store:
+        for name in ("before", "marked", "after"):
+            store.memory(name, **SHAPE).write(segment(), segment())
+        store.memory("marked").write(marked, marked)
+        store.commit()
+        store.delete("marked")
+        store.checkpoint()
+        assert traces(path, b"KANAKANA")
+
+
 def test_a_name_can_be_used_again(path):
     with perdure.open(path) as store:
         store.memory("a", **SHAPE).write(segment(), segment())
