@@ -18,6 +18,7 @@ from ..backends.arrays import (
     namespace,
 )
 from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from ..backends.exchange import to_numpy
 
 
 def floating_arrays(**arrays: Any) -> None:
@@ -82,6 +83,35 @@ def leading(**arrays: tuple[Any, int]) -> tuple[int, ...]:
     return common
 
 
+def plain(argument: str, value: Any) -> np.ndarray:
+    """`value`, a number or nested sequences of numbers, as a float64 array of its own.
+
+    Raises
+    ------
+    DTypeError
+    """
+    try:
+        array = np.asarray(to_numpy(value) if framework(value) is not None else value)
+    except (TypeError, ValueError):  # rows of unequal length
+        array = np.empty(0, object)
+    if array.dtype.kind not in "fiu":
+        raise DTypeError(argument, "numbers", type(value).__name__, f"Pass {argument} as floats.")
+    return array.astype(np.float64)
+
+
+def generator(argument: str, value: Any) -> None:
+    """`value` is None or draws random numbers as NumPy's generators do.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if not isinstance(value, np.random.Generator | None):
+        raise ArgumentError(
+            argument, "a numpy.random.Generator", type(value).__name__, f"Pass {argument}=np.random.default_rng(0)."
+        )
+
+
 def count(argument: str, value: Any, least: int = 1) -> int:
     """`value` as an int of at least `least`.
 
@@ -134,7 +164,7 @@ def choice(argument: str, value: Any, known: tuple[str, ...]) -> str:
     ------
     ArgumentError
     """
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ArgumentError(argument, f"one of {', '.join(known)}", repr(value), f"Pass {argument}={known[0]!r}.")
     return value
 
