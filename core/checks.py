@@ -19,6 +19,7 @@ from ..backends.arrays import (
     namespace,
 )
 from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from ..backends.exchange import to_numpy
 
 
 def floating_arrays(**arrays: Any) -> None:
@@ -81,6 +82,35 @@ def leading(**arrays: tuple[Any, int]) -> tuple[int, ...]:
             )
         common, first = tuple(x if y == 1 else y for x, y in zip(a, b, strict=True)), first or argument
     return common
+
+
+def plain(argument: str, value: Any) -> np.ndarray:
+    """`value`, a number or nested sequences of numbers, as a float64 array of its own.
+
+    Raises
+    ------
+    DTypeError
+    """
+    try:
+        array = np.asarray(to_numpy(value) if framework(value) is not None else value)
+    except (TypeError, ValueError):  # rows of unequal length
+        array = np.empty(0, object)
+    if array.dtype.kind not in "fiu":
+        raise DTypeError(argument, "numbers", type(value).__name__, f"Pass {argument} as floats.")
+    return array.astype(np.float64)
+
+
+def generator(argument: str, value: Any) -> None:
+    """`value` is None or draws random numbers as NumPy's generators do.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if not isinstance(value, np.random.Generator | None):
+        raise ArgumentError(
+            argument, "a numpy.random.Generator", type(value).__name__, f"Pass {argument}=np.random.default_rng(0)."
+        )
 
 
 def count(argument: str, value: Any, least: int = 1) -> int:

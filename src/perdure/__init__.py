@@ -15,7 +15,7 @@ _HOMES = {
     "perdure.core.attention": ["Reading", "attend", "gate", "merge"],
     "perdure.core.basis": ["Basis", "gaussian_basis", "rectangular_basis"],
     "perdure.core.compression": ["compress"],
-    "perdure.core.density": ["expected_value"],
+    "perdure.core.density": ["expected_value", "mass"],
     "perdure.core.gibbs": ["gibbs_mass", "gibbs_value"],
     "perdure.core.report": ["SignalReport"],
     "perdure.core.retrieval": ["Neighbours", "top_k"],
