@@ -20,6 +20,7 @@ from ..backends.arrays import (
 )
 from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 from ..backends.exchange import to_numpy
+from ..backends.registry import current_backend, load
 
 
 def floating_arrays(**arrays: Any) -> None:
@@ -28,8 +29,11 @@ def floating_arrays(**arrays: Any) -> None:
     Raises
     ------
     FrameworkError, DTypeError
+    BackendError
+        The backend chosen for NumPy's arrays is unknown or unusable.
     """
-    common_framework(**arrays)
+    if common_framework(**arrays) == "numpy":
+        load(current_backend())  # refused here too, where no kernel would ask who computes
     for argument, array in arrays.items():
         if array is not None and not is_floating(array):
             raise DTypeError(

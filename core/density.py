@@ -23,13 +23,12 @@ from ..backends.arrays import cast, computing_dtype, framework, namespace
 from ..backends.errors import ArgumentError
 from ..backends.exchange import like as like_of
 from ..backends.exchange import to_numpy
-from ..backends.special import erf
+from ..backends.special import NARROWEST, WIDEST, erf
 from . import checks
 from .basis import edges_in, positions_in
 from .signal import Signal, looked_at
 
 DENSITIES = ("truncated_gaussian", "gaussian", "sparsemax", "biweight")
-NARROWEST, WIDEST = 1e-12, 1e12  # variances
 # p(m + a u) a = sum_k polynomial[k] u^k on [-1, 1]
 POLYNOMIALS = {"sparsemax": (3 / 4, 0, -3 / 4), "biweight": (15 / 16, 0, -15 / 8, 0, 15 / 16)}
 # exact to rounding while the support is narrower than a function

@@ -13,10 +13,10 @@ from ..backends.exchange import to_numpy
 from . import checks
 from .basis import Basis, positions_in
 from .consolidation import Scheme, apply, updated
+from .cross_validation import validated_ridge
 from .positions import centred, fraction, resample
 from .report import SignalReport, signal_report
 from .ridge import fit_operator
-from .validation import validated_ridge
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -152,6 +152,20 @@ def test_an_unknown_name_raises_with_the_known_ones(choose, monkeypatch):
     assert "PERDURE_BACKEND" in str(caught.value)
 
 
+def test_an_unknown_name_is_refused_where_no_kernel_computes_too(monkeypatch):
+    x, basis = RNG.standard_normal((9, 2)), perdure.gaussian_basis(4)
+    signal = perdure.fit(x, basis)  # its operator is kept from here on
+    monkeypatch.setenv("PERDURE_BACKEND", "fortran")
+    for call in (
+        lambda: perdure.fit(x, basis),
+        lambda: perdure.fit(x, perdure.rectangular_basis(4)),
+        lambda: signal.update(x),
+        lambda: perdure.attend(QUERIES, KEYS, KEYS),
+    ):
+        with pytest.raises(perdure.BackendError, match="'fortran'"):
+            call()
+
+
 @pytest.mark.parametrize("name", [None, 3, ("numpy",), np])
 def test_a_name_must_be_a_string(name):
     with pytest.raises(perdure.ArgumentError, match="backend: expected a name"), perdure.backend(name):
