@@ -13,6 +13,7 @@ from ..backends.arrays import (
     common_framework,
     computing_dtype,
     framework,
+    inspectable,
     is_floating,
     known_framework,
     namespace,
@@ -134,7 +135,7 @@ def choice(argument: str, value: Any, known: tuple[str, ...]) -> str:
     ------
     ArgumentError
     """
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ArgumentError(argument, f"one of {', '.join(known)}", repr(value), f"Pass {argument}={known[0]!r}.")
     return value
 
@@ -180,6 +181,24 @@ def finite(**arrays: Any) -> None:
     for argument, array in arrays.items():
         if array is not None and not bool(namespace(array).all(namespace(array).isfinite(array))):
             raise NonFiniteError(argument, "finite numbers", "NaN or infinity", f"Clean {argument} before passing it.")
+
+
+def outcome(result: Any, **arrays: Any) -> None:
+    """`result` is finite; where it is not, one of `arrays`, which it was computed from, is to blame.
+
+    Looks at what was made rather than at what was given, which may hold anything where it does not count. Not done on
+    a GPU, which would have to be waited for, nor inside a compiled graph.
+
+    Raises
+    ------
+    NonFiniteError
+    """
+    if not inspectable(result) or bool(namespace(result).all(namespace(result).isfinite(result))):
+        return
+    finite(**arrays)
+    first, *others = arrays
+    expected, received = "products and sums within the range of the dtype", "some beyond it"
+    raise NonFiniteError(first, expected, received, f"Normalise or scale {', '.join([first, *others])}.")
 
 
 def measurable(**vectors: Any) -> None:

@@ -49,6 +49,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 _MODULES = {"plot": "perdure.bindings.plot"}
+_FLOORS = ("backends", "bindings", "core", "memory")
 
 __all__ = sorted(_HOME)
 
@@ -56,6 +57,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
+    if name in _FLOORS:
+        return importlib.import_module(f"perdure.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'perdure' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -64,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__, *_MODULES, *_FLOORS})
