@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import array_api_strict
+import cuda_host
 import numpy as np
 import perdure.core.attention
 import perdure.core.density
@@ -46,6 +47,7 @@ RUNS = {
     "torch": Run("torch", "numba", (*HALVES, *FLOATS)),
     "torch-autograd": Run("torch", "numba", ("bfloat16", *FLOATS), autograd=True),
     "array-api-strict": Run("array-api", "numpy", FLOATS),
+    "cuda-on-host": Run("numpy", "cuda-on-host", FLOATS),  # CUDA sources run on the CPU: their logic, not a GPU
     # every other backend there is on this machine computes NumPy's arrays, CuPy on a GPU among them
     **{
         f"numpy-on-{name}": Run("numpy", name, ("float16", *FLOATS))
@@ -157,7 +159,7 @@ def test_kernel_agrees_with_its_formula(name, run, data):
 
     with np.errstate(all="ignore"):
         expected = kernel.formula(*exact)
-    with perdure.backend(run.backend):
+    with cuda_host.registered(), perdure.backend(run.backend):
         kernel(*args)  # compiles, which needs the real np.empty
         with poisoned_memory():
             results = kernel(*args)
