@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import nvrtc
 import pytest
-from perdure.backends.cuda import launch, source, sources
+from cuda_host import kernels_of
+from perdure.backends.cuda import source, sources
 from perdure.backends.cuda.sources import OPTIONS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -20,13 +19,6 @@ def test_a_source_compiles_without_a_warning(name, architecture):
     kernels = kernels_of(source(name))
     assert kernels
     assert [kernel for kernel in kernels if kernel.encode() not in code] == []
-
-
-def kernels_of(text):
-    """Names of the kernels a file defines, by itself or through one of its macros."""
-    names = re.findall(r'extern "C" __global__ void __launch_bounds__\([^)]*\)\)?[\s\\]*(\w+)\(', text)
-    suffixes = re.findall(r"^[A-Z]+\(\w+, (\w+)\)$", text, re.M)
-    return [n.removesuffix("##suffix") + s for n in names for s in suffixes] if suffixes else names
 
 
 def test_the_compiler_check_can_fail():

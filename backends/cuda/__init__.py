@@ -4,7 +4,7 @@ Each `.cu` file is one concept, and includes nothing; beside it stand the functi
 it. They take the arrays of any framework that `launch` knows how to address, without copying them.
 """
 
-from .attention import attention, attention_backward
+from .neighbours import attention, attention_backward
 from .density import expected, histogram
 from .retrieval import retrieve, unit
 from .sources import fingerprint, source, sources

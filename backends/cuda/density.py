@@ -18,12 +18,11 @@ BLOCKS, SHORTEST = 256, 64  # blocks that fill a GPU, for which queries are coun
 
 
 def expected(B: Any, mean: Any, variance: Any, centers: Any, widths: Any, density: str) -> Any:
-    N, e = B.shape[-2:]
-    lead = np.broadcast_shapes(tuple(B.shape[:-2]), tuple(mean.shape[:-1]), tuple(variance.shape[:-1]))
-    q = np.broadcast_shapes(tuple(mean.shape), tuple(variance.shape))[-1]
-    columns, batch = -(-e // COLUMNS), math.prod(lead)
-    if density not in GAUSSIANS or 0 in (*lead, q, N, e) or max(columns, batch) > MOST_BLOCKS:
+    if not expected_fits(B, mean, variance, density):
         return NotImplemented
+    N, e = B.shape[-2:]
+    lead, q = _shape(B, mean, variance)
+    columns, batch = -(-e // COLUMNS), math.prod(lead)
     mean, variance = _looks(mean, variance, (*lead, q))
     B, B_batch = shared_or_flat(B, lead)
     out = empty((batch, q, e), mean.dtype, mean)
@@ -34,11 +33,23 @@ def expected(B: Any, mean: Any, variance: Any, centers: Any, widths: Any, densit
     return out.reshape((*lead, q, e))
 
 
+def expected_fits(B: Any, mean: Any, variance: Any, density: str) -> bool:
+    lead, q = _shape(B, mean, variance)
+    blocks = max(-(-B.shape[-1] // COLUMNS), math.prod(lead))
+    return density in GAUSSIANS and 0 not in (*lead, q, *B.shape[-2:]) and blocks <= MOST_BLOCKS
+
+
+def _shape(B: Any, mean: Any, variance: Any) -> tuple[tuple[int, ...], int]:
+    """Leading axes, and how many queries look."""
+    *lead, q = np.broadcast_shapes(tuple(mean.shape), tuple(variance.shape))
+    return np.broadcast_shapes(tuple(B.shape[:-2]), tuple(lead)), q
+
+
 def histogram(mean: Any, variance: Any, edges: Any, density: str) -> Any:
+    if not histogram_fits(mean, variance, edges, density):
+        return NotImplemented
     *lead, q = np.broadcast_shapes(tuple(mean.shape), tuple(variance.shape))
     bins, batch = edges.shape[-1] - 1, math.prod(lead)
-    if density not in DENSITIES or 0 in (*lead, q, bins) or batch > MOST_BLOCKS:
-        return NotImplemented
     mean, variance = _looks(mean, variance, (*lead, q))
     runs = max(min(-(-BLOCKS // batch), q // SHORTEST), 1)
     sums = empty((batch, runs, bins), mean.dtype, mean)
@@ -46,6 +57,11 @@ def histogram(mean: Any, variance: Any, edges: Any, density: str) -> Any:
     kernel = f"histogram_{name_of(mean.dtype)}"
     launch("histogram.cu", kernel, (runs, batch, 1), THREADS, mean, variance, contiguous(edges), sums, *sizes)
     return namespace(mean).sum(sums, axis=1).reshape((*lead, bins))
+
+
+def histogram_fits(mean: Any, variance: Any, edges: Any, density: str) -> bool:
+    *lead, q = np.broadcast_shapes(tuple(mean.shape), tuple(variance.shape))
+    return density in DENSITIES and 0 not in (*lead, q, edges.shape[-1] - 1) and math.prod(lead) <= MOST_BLOCKS
 
 
 def _looks(mean: Any, variance: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:

@@ -37,9 +37,7 @@ def address(array: Any) -> int:
     return array.ctypes.data
 
 
-def _with_cupy(
-    file: str, kernel: str, grid: tuple[int, ...], threads: int, words: list[Any], first: Any
-) -> None:
+def _with_cupy(file: str, kernel: str, grid: tuple[int, ...], threads: int, words: list[Any], first: Any) -> None:
     with _place(first):
         import cupy
 
@@ -68,7 +66,10 @@ def _place(array: Any) -> AbstractContextManager[Any]:
     return stack
 
 
-LAUNCHERS: dict[str, Launcher] = {"cupy": _with_cupy, "torch": _with_cupy}  # tests add one that runs kernels on the host
+LAUNCHERS: dict[str, Launcher] = {
+    "cupy": _with_cupy,
+    "torch": _with_cupy,
+}  # tests add one that runs kernels on the host
 
 
 def contiguous(array: Any) -> Any:

@@ -17,15 +17,11 @@ LONGEST = 2**31 - 1 - 64  # keys, whose numbers are 32-bit
 
 
 def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int) -> Any:
+    if not retrieve_fits(queries, keys, k, mask):
+        return NotImplemented
     q, d, n = *queries.shape[-2:], keys.shape[-2]
-    lead = leading(queries, keys)
-    if mask is not None:
-        lead = np.broadcast_shapes(lead, tuple(mask.shape[:-2]))
+    lead = _leading(queries, keys, mask)
     batch = math.prod(lead)
-    if {name_of(queries.dtype), name_of(keys.dtype)} != {"float32"} or k > MOST or 0 in (q, d, n, batch):
-        return NotImplemented
-    if n > LONGEST or batch > MOST_BLOCKS:
-        return NotImplemented
     if space == "cosine":
         queries, keys = unit(queries), unit(keys)
     xp = namespace(queries)
@@ -54,9 +50,20 @@ def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int)
     return scores.reshape((*lead, q, k)), positions.reshape((*lead, q, k))
 
 
+def retrieve_fits(queries: Any, keys: Any, k: int, mask: Any) -> bool:
+    lead, n = _leading(queries, keys, mask), keys.shape[-2]
+    plain = name_of(queries.dtype) == name_of(keys.dtype) == "float32" and 0 not in (*lead, *queries.shape[-2:], n)
+    return plain and k <= MOST and n <= LONGEST and math.prod(lead) <= MOST_BLOCKS
+
+
+def _leading(queries: Any, keys: Any, mask: Any) -> tuple[int, ...]:
+    lead = leading(queries, keys)
+    return lead if mask is None else np.broadcast_shapes(lead, tuple(mask.shape[:-2]))
+
+
 def _bytes(mask: Any, lead: tuple[int, ...]) -> tuple[Any, np.ndarray]:
     """The mask, one byte a pair, with the bytes from one batch, query and key to the next; axes of 1 stay so."""
-    mask = namespace(mask).broadcast_to(mask, mask.shape) if mask.ndim >= 2 else mask[None, :]
+    mask = mask if mask.ndim >= 2 else mask[None, :]
     rows, columns = mask.shape[-2:]
     mask, batch = shared_or_flat(mask, lead)
     return mask, np.array([batch, 0 if rows == 1 else columns, 0 if columns == 1 else 1], np.int64)

@@ -61,7 +61,7 @@ def folder() -> tempfile.TemporaryDirectory[str]:
 def compile_text(name: str, text: str) -> ctypes.CDLL:
     """The library of a source's text."""
     probe()
-    place = Path(folder().name)
+    place = Path(tempfile.mkdtemp(dir=folder().name))  # a library of its own: one path is loaded once
     entries = "".join(ENTRY.format(kernel) for kernel in kernels_of(text))
     (place / f"{name}.cpp").write_text(f'#include "{HERE / "shim.h"}"\n{text}\n{entries}', "utf-8")
     command = [str(compiler()), *OPTIONS, f"{place / name}.cpp", "-o", f"{place / name}.so"]
@@ -91,7 +91,7 @@ def run(built: ctypes.CDLL, kernel: str, grid: tuple[int, int, int], threads: in
 
 
 def start(file: str, kernel: str, grid: tuple[int, ...], threads: int, words: list[np.generic], first: object) -> None:
-    """The launcher of NumPy arrays."""
+    """The launcher of arrays in main memory."""
     run(library(file), kernel, (*grid, 1, 1)[:3], threads, words)
 
 
@@ -99,10 +99,11 @@ def start(file: str, kernel: str, grid: tuple[int, ...], threads: int, words: li
 def registered() -> Iterator[None]:
     """Inside, this module is the backend `cuda-on-host`."""
     registry.register("cuda-on-host", sys.modules[__name__])
-    cuda_launch.LAUNCHERS["numpy"] = start
+    before = dict(cuda_launch.LAUNCHERS)
+    cuda_launch.LAUNCHERS.update(numpy=start, torch=start)
     try:
         yield
     finally:
-        del registry._modules["cuda-on-host"], cuda_launch.LAUNCHERS["numpy"]
-
-
+        del registry._modules["cuda-on-host"]
+        cuda_launch.LAUNCHERS.clear()
+        cuda_launch.LAUNCHERS.update(before)

@@ -39,20 +39,26 @@ class Call:
         return self.queries, self.keys, self.values, self.positions
 
 
-def taken(queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int) -> Call | None:
-    """The call, or None where the kernels have nothing for it."""
-    if positions is None:
-        return None
-    xp, k, n = namespace(queries), positions.shape[-1], keys.shape[-2]
+def fits(queries: Any, keys: Any, values: Any, positions: Any, mask: Any) -> bool:
+    """Whether the kernels take the call."""
+    if positions is None or positions.shape[-1] > MOST or keys.shape[-2] > LONGEST:
+        return False
+    arrays = queries, keys, values, positions, *(() if mask is None else (mask,))
+    lead = leading(*(a for a in arrays if a.ndim > 1))
+    return 0 not in (*lead, *queries.shape[-2:], keys.shape[-2], values.shape[-1], positions.shape[-1])
+
+
+def found(positions: Any, mask: Any) -> Any:
+    """Positions as int64, -1 where the mask forbids to look."""
+    xp = namespace(positions)
     positions = cast(positions, xp.int64)
-    if mask is not None:
-        positions = xp.where(mask, positions, -1)
+    return positions if mask is None else xp.where(mask, positions, -1)
+
+
+def taken(queries: Any, keys: Any, values: Any, positions: Any, scale: float, start: int) -> Call:
+    """The call as the kernels take it."""
     lead = leading(queries, keys, values, positions)
-    if k > MOST or n > LONGEST or 0 in (*lead, *queries.shape[-2:], n, values.shape[-1], k):
-        return None
-    q, d, dv = *queries.shape[-2:], values.shape[-1]
-    if positions.shape[-2] != q:  # a mask of one row
-        return None
+    k, n, q, d, dv = positions.shape[-1], keys.shape[-2], *queries.shape[-2:], values.shape[-1]
     (keys, key_batch), (values, value_batch) = shared_or_flat(keys, lead), shared_or_flat(values, lead)
     counts = np.int64(math.prod(lead) * q), *map(np.int32, (q, n, d, dv, k, start))
     real = np.dtype(name_of(queries.dtype)).type
@@ -60,12 +66,14 @@ def taken(queries: Any, keys: Any, values: Any, positions: Any, scale: float, ma
     return Call(lead, flat(queries, lead), keys, values, flat(positions, lead), sizes)
 
 
-def attention(
-    queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int
-) -> Any:
-    call = taken(queries, keys, values, positions, scale, mask, start)
-    if call is None:
+def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int) -> Any:
+    if not fits(queries, keys, values, positions, mask):
         return NotImplemented
+    return attention_forward(queries, keys, values, found(positions, mask), scale, start)
+
+
+def attention_forward(queries: Any, keys: Any, values: Any, positions: Any, scale: float, start: int) -> Any:
+    call = taken(queries, keys, values, positions, scale, start)
     batch, q, dv = *call.queries.shape[:2], values.shape[-1]
     output, lse = (empty(shape, queries.dtype, queries) for shape in ((batch, q, dv), (batch, q)))
     launch("attend.cu", f"attend_{call.name}", call.grid, THREADS, *call.inputs, output, lse, *call.sizes)
@@ -78,7 +86,6 @@ def attention_backward(
     values: Any,
     positions: Any,
     scale: float,
-    mask: Any,
     start: int,
     output: Any,
     output_gradient: Any,
@@ -89,8 +96,7 @@ def attention_backward(
 
     All leading axes are `lead` already: broadcasting, and its gradient, is the caller's.
     """
-    call = taken(queries, keys, values, positions, scale, mask, start)
-    assert call is not None  # noqa: S101 - the forward pass has taken it
+    call = taken(queries, keys, values, positions, scale, start)
     xp, lead, q = namespace(queries), call.lead, queries.shape[-2]
     given = (flat(output, lead), flat(output_gradient, lead), contiguous(lse_gradient).reshape((-1,)))
     of_queries = empty(tuple(call.queries.shape), queries.dtype, queries)
