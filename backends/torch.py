@@ -1,6 +1,6 @@
 """PyTorch: the formulas with autograd. CPU tensors that need no gradient share memory with the Numba twins,
-unless PyTorch itself was asked for with PERDURE_BACKEND or perdure.backend. CUDA tensors share it with the CUDA kernels,
-where CuPy is there to start them.
+unless PyTorch itself was asked for with PERDURE_BACKEND or perdure.backend. CUDA tensors share it with the CUDA
+kernels, where CuPy is there to start them.
 """
 
 from __future__ import annotations

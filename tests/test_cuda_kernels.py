@@ -1,4 +1,4 @@
-"""CUDA kernels run on the CPU, thread by thread: tiles, runs and ties, gradients, and that the checks themselves can fail.
+"""CUDA kernels run on the CPU, thread by thread: tiles, runs, ties and gradients; and that these checks can fail.
 
 What runs is the source that GPUs get, behind `cuda_host/shim.h`. This checks its logic; it is no test on a GPU.
 """
@@ -49,10 +49,8 @@ def test_ties_go_to_the_newest_whatever_the_tiles(space, data):
     batch, start = data.draw(st.sampled_from((1, 2))), data.draw(st.integers(0, n - 1))
     queries, keys = whole(rng, batch, q, d), whole(rng, data.draw(st.sampled_from((1, batch))), n, d)
     aged = np.roll(keys, -start, axis=1)
-    if space == "ip":
-        truth = queries @ aged.swapaxes(1, 2)
-    else:
-        truth = -((queries[:, :, None] - aged[:, None]) ** 2).sum(-1)
+    distances = ((queries[:, :, None] - aged[:, None]) ** 2).sum(-1)
+    truth = queries @ aged.swapaxes(1, 2) if space == "ip" else -distances
     scores, positions = cuda.retrieve(queries, keys, k, space, None, start)
     expected = ranked(truth, k)
     np.testing.assert_array_equal(positions[..., : expected.shape[-1]], expected)

@@ -1,4 +1,4 @@
-"""What queries see of a signal, and where they looked: what `expect.cu` and `histogram.cu` can take, and their start."""
+"""What queries see of a signal, and where they looked: what `expect.cu` and `histogram.cu` can take, and how."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import namespace
-from .launch import MOST_BLOCKS, contiguous, empty, launch, name_of, shared_or_flat
+from ..arrays import name_of, namespace
+from .launch import MOST_BLOCKS, contiguous, empty, launch, shared_or_flat
 
 QUERIES, COLUMNS, THREADS = 32, 64, 128  # as in the .cu files
 GAUSSIANS = ("gaussian", "truncated_gaussian")

@@ -20,7 +20,7 @@ MOST_BLOCKS = 65_535  # along the second and third axis of a grid
 def launch(file: str, kernel: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
     """Start `kernel` of `file` on `grid` blocks of `threads`; it has the kernel's argument list.
 
-    Arguments are contiguous arrays, None for a null pointer, or NumPy scalars of the very C type: nothing converts them.
+    Arguments are arrays, None for a null pointer, or NumPy scalars of the very C type: nothing converts them.
     """
     first = next(a for a in arguments if framework(a) is not None)
     words = [a if isinstance(a, np.generic) else np.uint64(0 if a is None else address(a)) for a in arguments]
@@ -91,18 +91,31 @@ def flat(array: Any, lead: Sequence[int]) -> Any:
 
 
 def shared_or_flat(array: Any, lead: Sequence[int]) -> tuple[Any, np.int64]:
-    """The same, but one copy where all of `lead` share it; with the elements from one batch to the next."""
+    """The same, but one copy where all of `lead` share it, and as it lies where whole batches are contiguous.
+
+    The second is the number of elements from one batch to the next.
+    """
     own = tuple(array.shape[-2:])
     if math.prod(array.shape[:-2]) == 1:
         return contiguous(array).reshape((1, *own)), np.int64(0)
+    between, *inner = strides(array)[-3:]
+    if (
+        array.ndim == 3
+        and tuple(array.shape[:-2]) == tuple(lead)
+        and inner == [own[1], 1]
+        and between >= own[0] * own[1]
+    ):
+        return array, np.int64(between)  # part of a ring that is not full yet, as a rule
     return flat(array, lead), np.int64(own[0] * own[1])
+
+
+def strides(array: Any) -> list[int]:
+    """Elements from one to the next along each axis."""
+    if framework(array) == "torch":
+        return list(array.stride())
+    return [stride // array.itemsize for stride in array.strides]
 
 
 def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """A new array beside `like`; nothing is written to it."""
     return namespace(like).empty(shape, dtype=dtype, device=like.device)
-
-
-def name_of(dtype: Any) -> str:
-    """float32, float64, ..., whatever framework's dtype it is."""
-    return str(dtype).rpartition(".")[2]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import cast, namespace
-from .launch import contiguous, empty, flat, launch, leading, name_of, shared_or_flat
+from ..arrays import cast, name_of, namespace
+from .launch import contiguous, empty, flat, launch, leading, shared_or_flat
 
 WARPS, THREADS, MOST = 4, 128, 256  # as in attend.cu
 LONGEST = 2**31 - 1  # keys, whose slots are 32-bit
@@ -96,6 +96,8 @@ def attention_backward(
 
     All leading axes are `lead` already: broadcasting, and its gradient, is the caller's.
     """
+    if of_pairs:  # their gradients are laid out as they are
+        keys, values = contiguous(keys), contiguous(values)
     call = taken(queries, keys, values, positions, scale, start)
     xp, lead, q = namespace(queries), call.lead, queries.shape[-2]
     given = (flat(output, lead), flat(output_gradient, lead), contiguous(lse_gradient).reshape((-1,)))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import namespace
-from .launch import MOST_BLOCKS, contiguous, empty, flat, launch, leading, name_of, shared_or_flat
+from ..arrays import name_of, namespace
+from .launch import MOST_BLOCKS, contiguous, empty, flat, launch, leading, shared_or_flat
 
 QUERIES, THREADS, MOST = 32, 128, 64  # as in retrieve.cu
 WARPS = 4  # a block of unit.cu and of merge_runs
