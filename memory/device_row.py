@@ -167,7 +167,7 @@ class DeviceRow:
             others = [self.place.take(a) for a in self.older.search(to_numpy(queries), k)]
             scores, positions = (xp.concat(pair, axis=-1) for pair in zip((scores, positions), others, strict=True))
             order = xp.argsort(-scores, axis=-1, stable=True)[..., :k]  # of equals the ring's, which are newer
-            return tuple(xp.take_along_axis(a, order, axis=-1) for a in (scores, positions))  # type: ignore[return-value]
+            return tuple(xp.take_along_axis(a, order, axis=-1) for a in (scores, positions))
 
     def attend(self, queries: Any, positions: Any, scale: float) -> tuple[Any, Any]:
         """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""

@@ -130,7 +130,7 @@ class KNNMemory(Savable):
             self._ring = min(checks.count("device_capacity", device_capacity), self.capacity)
         if isinstance(self._place, Place):
             device_row.check(self._place, self.index, self.dtype)
-        self._rows = [self._empty() for _ in range(self.rows)]
+        self._rows: list[Any] = [self._empty() for _ in range(self.rows)]
         self._lock = ReadWriteLock()
 
     def _empty(self) -> Row | DeviceRow:

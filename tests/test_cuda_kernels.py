@@ -1,6 +1,7 @@
 """CUDA kernels run on the CPU, thread by thread: tiles, runs, ties and gradients; and that these checks can fail.
 
-What runs is the source that GPUs get, behind `cuda_host/shim.h`. This checks its logic; it is no test on a GPU.
+What runs is the source that GPUs get, behind `cuda_host/shim.h`. This checks its logic; it is no test on a GPU. The
+same tests marked `gpu` are: `nox -s gpu`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,26 @@ def on_host():
         yield
 
 
+class OnGPU:
+    """The launchers, on copies of NumPy's arrays on a GPU."""
+
+    def __getattr__(self, name):
+        import cupy
+
+        def call(*args):
+            results = getattr(cuda, name)(*(cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in args))
+            if results is NotImplemented:
+                return results
+            return tuple(map(cupy.asnumpy, results)) if isinstance(results, tuple) else cupy.asnumpy(results)
+
+        return call
+
+
+@pytest.fixture(scope="module", params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernels(request):
+    return cuda if request.param == "host" else OnGPU()
+
+
 def whole(rng, *shape):
     """Whole numbers: every product and sum is exact, and many are equal."""
     return rng.integers(-2, 3, shape).astype(np.float32)
@@ -42,7 +63,7 @@ def ranked(scores, k):
 @pytest.mark.parametrize("space", ["ip", "l2"])
 @settings(max_examples=25)
 @given(data=st.data())
-def test_ties_go_to_the_newest_whatever_the_tiles(space, data):
+def test_ties_go_to_the_newest_whatever_the_tiles(kernels, space, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     n = data.draw(st.sampled_from((1, 63, 64, 65, 255, 256, 257, 600, 1030)))
     q, d, k = (data.draw(st.sampled_from(s)) for s in ((1, 31, 33), (1, 31, 33), (1, 33, 63, 64)))
@@ -51,7 +72,7 @@ def test_ties_go_to_the_newest_whatever_the_tiles(space, data):
     aged = np.roll(keys, -start, axis=1)
     distances = ((queries[:, :, None] - aged[:, None]) ** 2).sum(-1)
     truth = queries @ aged.swapaxes(1, 2) if space == "ip" else -distances
-    scores, positions = cuda.retrieve(queries, keys, k, space, None, start)
+    scores, positions = kernels.retrieve(queries, keys, k, space, None, start)
     expected = ranked(truth, k)
     np.testing.assert_array_equal(positions[..., : expected.shape[-1]], expected)
     np.testing.assert_array_equal(scores[..., : expected.shape[-1]], np.take_along_axis(truth, expected, -1))
@@ -60,34 +81,34 @@ def test_ties_go_to_the_newest_whatever_the_tiles(space, data):
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "equal"])
-def test_candidates_never_overflow(rng, order):
+def test_candidates_never_overflow(kernels, rng, order):
     """Scanned newest first, falling ages make every key a candidate, rising ones only the first."""
     n = 700
     ramp = {"rising": np.arange(n), "falling": np.arange(n)[::-1], "equal": np.ones(n)}[order].astype(np.float32)
-    scores, positions = cuda.retrieve(np.ones((40, 1), np.float32), ramp[:, None].copy(), 64, "ip", None, 0)
+    scores, positions = kernels.retrieve(np.ones((40, 1), np.float32), ramp[:, None].copy(), 64, "ip", None, 0)
     expected = ranked(np.broadcast_to(ramp, (40, n)), 64)
     np.testing.assert_array_equal(positions, expected)
     np.testing.assert_array_equal(scores, ramp[expected])
 
 
-def test_zeros_of_both_signs_are_equal():
+def test_zeros_of_both_signs_are_equal(kernels):
     keys = np.array([[0.0], [-0.0], [0.0], [-0.0]], np.float32)
-    _, positions = cuda.retrieve(np.ones((1, 1), np.float32), keys, 4, "ip", None, 0)
+    _, positions = kernels.retrieve(np.ones((1, 1), np.float32), keys, 4, "ip", None, 0)
     assert positions.tolist() == [[3, 2, 1, 0]]
 
 
-def test_equal_keys_score_equally_wherever_they_stand(rng):
+def test_equal_keys_score_equally_wherever_they_stand(kernels, rng):
     vector = rng.standard_normal(65).astype(np.float32)
     keys, query = np.tile(vector, (517, 1)), rng.standard_normal((1, 65)).astype(np.float32)
-    scores, positions = cuda.retrieve(query, keys, 60, "ip", None, 0)
+    scores, positions = kernels.retrieve(query, keys, 60, "ip", None, 0)
     assert len(set(scores.ravel().tolist())) == 1
     assert positions.ravel().tolist() == list(range(516, 456, -1))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 300), (1, 5, 300), (5, 300), (1, 300), (5, 1), (2, 1, 1)])
-def test_masks_of_every_shape(rng, shape):
+def test_masks_of_every_shape(kernels, rng, shape):
     queries, keys, mask = whole(rng, 2, 5, 8), whole(rng, 2, 300, 8), rng.random(shape) < 0.3
-    _, positions = cuda.retrieve(queries, keys, 20, "ip", mask, 7)
+    _, positions = kernels.retrieve(queries, keys, 20, "ip", mask, 7)
     _, expected = KERNELS["retrieve"].formula(queries, keys, 20, "ip", mask, 7)
     np.testing.assert_array_equal(positions, expected)
 
@@ -102,8 +123,8 @@ def test_masks_of_every_shape(rng, shape):
         ("float32", 3, 2, 9, 0),
     ],
 )
-def test_what_the_kernel_does_not_take_is_left_to_the_formula(dtype, k, q, n, d):
-    assert cuda.retrieve(np.ones((q, d), dtype), np.ones((n, d), dtype), k, "ip", None, 0) is NotImplemented
+def test_what_the_kernel_does_not_take_is_left_to_the_formula(kernels, dtype, k, q, n, d):
+    assert kernels.retrieve(np.ones((q, d), dtype), np.ones((n, d), dtype), k, "ip", None, 0) is NotImplemented
     assert cuda_host.launched == []
 
 
@@ -112,7 +133,7 @@ def test_what_the_kernel_does_not_take_is_left_to_the_formula(dtype, k, q, n, d)
 
 @settings(max_examples=25)
 @given(data=st.data())
-def test_gradients_are_those_of_the_formula(data):
+def test_gradients_are_those_of_the_formula(kernels, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     q, n, k, d, dv = (data.draw(st.sampled_from(s)) for s in ((1, 5), (1, 40), (1, 7, 33), (1, 33), (1, 40)))
     lead, dtype = data.draw(st.sampled_from(((), (2,)))), data.draw(st.sampled_from(("float32", "float64")))
@@ -128,20 +149,20 @@ def test_gradients_are_those_of_the_formula(data):
     total = (output * torch.from_numpy(of_output)).sum() + (lse * torch.from_numpy(of_lse))[lse > -torch.inf].sum()
     expected = torch.autograd.grad(total, leaves) if total.requires_grad else [torch.zeros_like(a) for a in leaves]
 
-    made, _ = cuda.attention(*arrays, positions, 0.3, mask, start)
+    made, _ = kernels.attention(*arrays, positions, 0.3, mask, start)
     call = (*arrays, found(positions, mask), 0.3, start)
-    gradients = cuda.attention_backward(*call, made, of_output.astype(dtype), of_lse.astype(dtype), True)
+    gradients = kernels.attention_backward(*call, made, of_output.astype(dtype), of_lse.astype(dtype), True)
     for gradient, wanted in zip(gradients, expected, strict=True):
         wanted = wanted.numpy()
         tolerance = (2e-4 if dtype == "float32" else 1e-10) * np.abs(wanted).max(initial=1)
         np.testing.assert_allclose(gradient, wanted, rtol=0, atol=tolerance)
 
 
-def test_what_no_query_may_see_is_not_read():
+def test_what_no_query_may_see_is_not_read(kernels):
     keys, values = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
     keys[2], values[2] = np.nan, np.nan
     positions, mask = np.array([[0, 2, 3]]), np.array([[True, False, True]])
-    output, lse = cuda.attention(np.ones((1, 3), np.float32), keys, values, positions, 1.0, mask, 0)
+    output, lse = kernels.attention(np.ones((1, 3), np.float32), keys, values, positions, 1.0, mask, 0)
     assert np.isfinite(output).all()
     assert np.isfinite(lse).all()
 
@@ -151,10 +172,10 @@ def test_what_no_query_may_see_is_not_read():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("density", ["gaussian", "truncated_gaussian"])
-def test_expectations_over_several_tiles(rng, density, dtype):
+def test_expectations_over_several_tiles(kernels, rng, density, dtype):
     B, mean, variance = rng.standard_normal((2, 70, 130)), rng.random((2, 65)), rng.uniform(1e-4, 0.1, (2, 65))
     looks = mean, variance, rng.random(70), rng.uniform(0.01, 0.2, 70)
-    result = cuda.expected(*(a.astype(dtype) for a in (B, *looks)), density)
+    result = kernels.expected(*(a.astype(dtype) for a in (B, *looks)), density)
     wanted = KERNELS["expected_basis"].formula(*looks, density) @ B
     np.testing.assert_allclose(
         result, wanted, rtol=0, atol=(2e-5 if dtype == "float32" else 1e-11) * np.abs(wanted).max()
@@ -162,9 +183,9 @@ def test_expectations_over_several_tiles(rng, density, dtype):
 
 
 @pytest.mark.parametrize("density", strategies.DENSITIES)
-def test_histograms_over_several_runs_and_more_bins_than_threads(rng, density):
+def test_histograms_over_several_runs_and_more_bins_than_threads(kernels, rng, density):
     mean, variance, edges = rng.random((3, 200)), rng.uniform(1e-4, 0.1, (3, 200)), np.linspace(0, 1, 301)
-    result = cuda.histogram(mean.astype("f"), variance.astype("f"), edges.astype("f"), density)
+    result = kernels.histogram(mean.astype("f"), variance.astype("f"), edges.astype("f"), density)
     wanted = KERNELS["histogram"].formula(mean, variance, edges, density)
     np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-4 * wanted.max())
 

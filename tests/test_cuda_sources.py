@@ -6,7 +6,7 @@ import nvrtc
 import pytest
 from cuda_host import kernels_of
 from perdure.backends.cuda import source, sources
-from perdure.backends.cuda.sources import OPTIONS
+from perdure.backends.cuda.texts import OPTIONS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 

@@ -20,7 +20,12 @@ from perdure.backends.devices import memory_of
 import perdure
 
 DEVICES = {"strict": array_api_strict.Device("device1"), "torch": torch.device("cpu")}
-each_device = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+GPUS = {"cuda": "cuda", "torch-cuda": torch.device("cuda")}
+each_device = pytest.mark.parametrize(
+    "device",
+    [*DEVICES.values(), *(pytest.param(gpu, marks=pytest.mark.gpu) for gpu in GPUS.values())],
+    ids=DEVICES | GPUS,
+)
 SIZES = {"rows": 2, "heads": 2, "dim": 3, "value_dim": 5, "capacity": 70}
 
 

@@ -7,7 +7,7 @@ start it. They take the arrays of any framework that `launch` knows how to addre
 from .density import expected, histogram
 from .neighbours import attention, attention_backward
 from .retrieval import retrieve, unit
-from .sources import fingerprint, source, sources
+from .texts import fingerprint, source, sources
 
 __all__ = [
     "attention",

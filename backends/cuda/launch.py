@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import framework, namespace
-from .sources import OPTIONS, source
+from .texts import OPTIONS, source
 
 Launcher = Callable[[str, str, tuple[int, ...], int, list[Any], Any], None]
 MOST_BLOCKS = 65_535  # along the second and third axis of a grid

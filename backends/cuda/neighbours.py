@@ -58,7 +58,7 @@ def found(positions: Any, mask: Any) -> Any:
 def taken(queries: Any, keys: Any, values: Any, positions: Any, scale: float, start: int) -> Call:
     """The call as the kernels take it."""
     lead = leading(queries, keys, values, positions)
-    k, n, q, d, dv = positions.shape[-1], keys.shape[-2], *queries.shape[-2:], values.shape[-1]
+    (q, d), (n, dv), k = queries.shape[-2:], values.shape[-2:], positions.shape[-1]
     (keys, key_batch), (values, value_batch) = shared_or_flat(keys, lead), shared_or_flat(values, lead)
     counts = np.int64(math.prod(lead) * q), *map(np.int32, (q, n, d, dv, k, start))
     real = np.dtype(name_of(queries.dtype)).type
@@ -74,7 +74,7 @@ def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float
 
 def attention_forward(queries: Any, keys: Any, values: Any, positions: Any, scale: float, start: int) -> Any:
     call = taken(queries, keys, values, positions, scale, start)
-    batch, q, dv = *call.queries.shape[:2], values.shape[-1]
+    (batch, q), dv = call.queries.shape[:2], values.shape[-1]
     output, lse = (empty(shape, queries.dtype, queries) for shape in ((batch, q, dv), (batch, q)))
     launch("attend.cu", f"attend_{call.name}", call.grid, THREADS, *call.inputs, output, lse, *call.sizes)
     return output.reshape((*call.lead, q, dv)), lse.reshape((*call.lead, q))
@@ -102,6 +102,8 @@ def attention_backward(
     xp, lead, q = namespace(queries), call.lead, queries.shape[-2]
     given = (flat(output, lead), flat(output_gradient, lead), contiguous(lse_gradient).reshape((-1,)))
     of_queries = empty(tuple(call.queries.shape), queries.dtype, queries)
+    of_keys: Any
+    of_values: Any
     of_keys, of_values = (
         xp.zeros(tuple(a.shape), dtype=a.dtype, device=a.device) if of_pairs else None for a in (call.keys, call.values)
     )

@@ -19,7 +19,7 @@ LONGEST = 2**31 - 1 - 64  # keys, whose numbers are 32-bit
 def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int) -> Any:
     if not retrieve_fits(queries, keys, k, mask):
         return NotImplemented
-    q, d, n = *queries.shape[-2:], keys.shape[-2]
+    (q, d), n = queries.shape[-2:], keys.shape[-2]
     lead = _leading(queries, keys, mask)
     batch = math.prod(lead)
     if space == "cosine":
