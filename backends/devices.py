@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .arrays import cast, computing_dtype, framework, is_floating, namespace
+from .arrays import cast, computing_dtype, framework, is_floating, namespace, narrow
 from .errors import ArgumentError, BackendError, DeviceMemoryError
 from .exchange import like, to_numpy
 from .registry import load
@@ -36,17 +36,24 @@ class Place:
 
     def take(self, array: Any) -> Any:
         """`array`, of any framework and device, here; floats as computed with. Itself where it is so already."""
-        if framework(array) not in (None, "numpy") and namespace(array) is self.xp and array.device == self.device:
-            return cast(array, computing_dtype(array)) if is_floating(array) else array
-        if framework(array) in ON_GPU and _type_of(array.device) == _type_of(self.device) == "cuda":
-            return self.take(self.xp.from_dlpack(array))  # of another framework: the same memory
+        home = framework(array)
+        if home not in (None, "numpy"):
+            array = array.detach() if home == "torch" else array
+            array = cast(array, computing_dtype(array)) if is_floating(array) else array
+            if namespace(array) is self.xp and array.device == self.device:
+                return array
+            if on_same_gpu(array.device, self.device):
+                return self.xp.from_dlpack(array)  # the same memory
         return self.xp.asarray(to_numpy(array), device=self.device)
 
     def give(self, array: Any, reference: Any, dtype: Any = None) -> Any:
         """`array`, from here, in the framework and on the device of `reference`, as `exchange.like` does."""
-        if namespace(reference) is self.xp and reference.device == self.device:
-            return array if not is_floating(array) else cast(array, reference.dtype if dtype is None else dtype)
-        return like(to_numpy(array), reference, dtype)
+        xp = namespace(reference)
+        if xp is not self.xp or reference.device != self.device:
+            if not on_same_gpu(reference.device, self.device):
+                return like(to_numpy(array), reference, dtype)
+            array = xp.from_dlpack(array)
+        return narrow(array, reference.dtype if dtype is None else dtype) if is_floating(array) else array
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """A new array here.
@@ -137,7 +144,7 @@ def _gpu(number: int) -> Place:
 
 def _check(package: str, device: Any) -> Any:
     """`device`, tried for real where it is a GPU: frameworks make objects for devices that are not there."""
-    if package not in ON_GPU or _type_of(device) != "cuda":
+    if package not in ON_GPU or getattr(device, "type", "cuda") != "cuda":
         return device
     try:
         if package == "torch":
@@ -157,6 +164,16 @@ def _check(package: str, device: Any) -> Any:
     return device
 
 
-def _type_of(device: Any) -> str:
-    """ "cuda" for devices of CuPy and PyTorch's GPUs."""
-    return str(getattr(device, "type", "cuda"))
+def on_same_gpu(a: Any, b: Any) -> bool:
+    """Whether two devices, of CuPy or PyTorch, are the same GPU."""
+    return None not in (number := (_gpu_of(a), _gpu_of(b))) and number[0] == number[1]
+
+
+def _gpu_of(device: Any) -> int | None:
+    """The number of the GPU that a device of CuPy or PyTorch is."""
+    package = type(device).__module__.partition(".")[0]
+    if package == "cupy":
+        return int(device.id)
+    if package != "torch" or device.type != "cuda":
+        return None
+    return sys.modules["torch"].cuda.current_device() if device.index is None else device.index

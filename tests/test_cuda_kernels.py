@@ -6,6 +6,11 @@ same tests marked `gpu` are: `nox -s gpu`.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import cuda_host
 import numpy as np
 import perdure.core.attention
@@ -167,7 +172,7 @@ def test_what_no_query_may_see_is_not_read(kernels):
     assert np.isfinite(lse).all()
 
 
-# ---- expectations and histograms over more than one block ------------------------------------------------------------
+# ---- expectations and histograms over more than one block -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -226,3 +231,40 @@ def test_an_argument_of_another_type_is_an_error():
     words = [np.uint64(0), np.uint64(0), np.int64(0), np.int64(1)]
     with pytest.raises(TypeError, match="unit_float32 takes p8p8i8i4, but was given p8p8i8i8"):
         cuda_host.start("unit.cu", "unit_float32", (1,), 128, words, None)
+
+
+# ---- nothing is read or written outside the arrays ------------------------------------------------------------------
+
+CXX = cuda_host.compiler() or "none"
+LIBRARIES = (
+    [
+        Path(subprocess.run([CXX, f"-print-file-name=lib{n}.so"], capture_output=True, text=True).stdout.strip())
+        for n in ("asan", "ubsan")
+    ]
+    if sys.platform == "linux"
+    else []
+)
+
+
+def sanitized(*fault):
+    """A sweep over all kernels, compiled with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    variables = {
+        "CUDA_HOST_FLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "LD_PRELOAD": " ".join(map(str, LIBRARIES)),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    command = [sys.executable, "-m", "cuda_host.sweep", *fault]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(Path.exists, LIBRARIES or [Path("none")])), reason="the compiler has no sanitizers")
+def test_sanitizers_find_nothing_but_planted_faults():
+    result = sanitized()
+    assert (result.returncode, result.stdout) == (0, "98 launches\n"), result.stderr
+    for fault, told in (
+        (("position >= first && depth + c < d ? keys", "depth + c < d ? keys"), "heap-buffer-overflow"),
+        (("stored <= ROOM - KEYS", "stored <= ROOM"), "buffer-overflow"),
+    ):
+        assert told in sanitized(*fault).stderr

@@ -25,7 +25,7 @@ from perdure.backends.errors import BackendError
 
 __all__ = ["attention", "expected", "histogram", "retrieve", "unit"]  # as a backend: the twins, over `start` below
 HERE = Path(__file__).parent
-OPTIONS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-w")
+OPTIONS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-w", *os.environ.get("CUDA_HOST_FLAGS", "").split())
 ENTRY = """
 extern "C" int launch_{0}(const unsigned* blocks, unsigned threads, unsigned seed, void** given)
 {{ return host::launch({0}, blocks, threads, seed, given); }}
