@@ -20,9 +20,9 @@ from ..core.attention import attention, gather
 from ..core.retrieval import retrieve
 from .indexes.exact import ExactIndex
 from .row import SMALLEST, Row
-from .storage import LEVELS, RAW, computing
+from .storage import DTYPES, LEVELS, RAW, computing
 
-STORED = ("float32", "float64", "float16", "int8")  # bfloat16 has no array-API dtype
+STORED_AS = {name: name for name in DTYPES} | {"bfloat16": "int16"}  # its bits: the array API has no bfloat16
 
 
 def check(place: Place, index: str, dtype: str) -> None:
@@ -34,8 +34,9 @@ def check(place: Place, index: str, dtype: str) -> None:
     """
     if index != "exact":
         raise ArgumentError("index", '"exact" on a device', repr(index), 'Pass index="exact", or device="cpu".')
-    if dtype not in STORED or (dtype != "int8" and not hasattr(place.xp, dtype)):
-        raise ArgumentError("dtype", f"one of {', '.join(STORED)} on a device", repr(dtype), 'Pass dtype="float32".')
+    bits = dtype != "bfloat16" or hasattr(place.empty((0,), place.xp.float32), "view")
+    if not bits or not hasattr(place.xp, STORED_AS[dtype]):
+        raise ArgumentError("dtype", f"one that {place.device} computes with", repr(dtype), 'Pass dtype="float32".')
 
 
 class DeviceRow:
@@ -97,7 +98,7 @@ class DeviceRow:
         """Arrays of `slots` with what was held copied into them."""
         xp, made = self.place.xp, {}
         for name, (heads, width) in self.sizes.items():
-            made[name] = self.place.empty((heads, slots, width), getattr(xp, self.dtype))
+            made[name] = self.place.empty((heads, slots, width), getattr(xp, STORED_AS[self.dtype]))
             if self.dtype == "int8":
                 made[f"{name}_scales"] = self.place.empty((heads, slots), xp.float32)
         if tagged or "tags" in self.arrays:
@@ -144,7 +145,7 @@ class DeviceRow:
         if last > self.written:
             chunks.append({name: part[:, : last - self.written, ...] for name, part in parts.items()})
         for chunk in chunks:
-            moved = {name: to_numpy_exactly(a) for name, a in chunk.items()}
+            moved = {name: as_stored(name, a, self.dtype) for name, a in chunk.items()}
             tags = moved.pop("tags", None)
             self.older.write(moved, None if tags is None else tags[0])  # type: ignore[union-attr]
 
@@ -229,7 +230,7 @@ class DeviceRow:
         out: dict[str, np.ndarray] = {}
         at = np.arange(self.written - self.stored, self.written)
         for name, array in self.arrays.items():
-            ring = to_numpy_exactly(array)
+            ring = as_stored(name, array, self.dtype)
             whole = np.empty((ring.shape[0], self.stored, *ring.shape[2:]), ring.dtype)
             newest = at[at >= self.oldest]
             whole[:, newest % self.capacity] = ring[:, newest % self.ring]
@@ -252,8 +253,9 @@ class DeviceRow:
         for name, array in row.arrays.items():
             part = np.zeros((array.shape[0], slots, *array.shape[2:]), array.dtype)
             part[:, newest % ring] = array[:, newest % row.capacity]
+            bits = part.view(np.int16) if part.dtype == np.uint16 else part
             with memory_of(place.device):
-                made.arrays[name] = place.xp.asarray(part, device=place.device)
+                made.arrays[name] = place.xp.asarray(bits, device=place.device)
             if made.older is not None:
                 part = np.empty((array.shape[0], older.size, *array.shape[2:]), array.dtype)
                 part[:, older % made.older.capacity] = array[:, older % row.capacity]
@@ -283,6 +285,9 @@ class _Explained:
 def encode(name: str, numbers: Any, dtype: str) -> dict[str, Any]:
     """`storage.encode` for arrays of any framework: vectors (..., d) as they are stored."""
     xp = namespace(numbers)
+    if dtype == "bfloat16":  # the upper half of float32, rounded to nearest, ties to even
+        bits = numbers.view(xp.int32)
+        return {name: cast((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16, xp.int16)}
     if dtype != "int8":
         return {name: cast(numbers, getattr(xp, dtype))}
     scales = xp.max(xp.abs(numbers), axis=-1) / LEVELS
@@ -294,14 +299,17 @@ def encode(name: str, numbers: Any, dtype: str) -> dict[str, Any]:
 def decode(stored: Any, scales: Any) -> Any:
     """`storage.decode` likewise: the numbers that stored vectors stand for, in the dtype they are computed with."""
     xp = namespace(stored)
+    if stored.dtype == xp.int16:
+        return (cast(stored, xp.int32) << 16).view(xp.float32)
     if scales is not None:
         return cast(stored, xp.float32) * scales[..., None]
     return stored if stored.dtype == xp.float64 else cast(stored, xp.float32)
 
 
-def to_numpy_exactly(array: Any) -> np.ndarray:
-    """`array` as NumPy in its own dtype."""
-    return to_numpy(array).astype(name_of(array.dtype), copy=False)
+def as_stored(name: str, array: Any, dtype: str) -> np.ndarray:
+    """The row's array `name` as NumPy, as `storage` has it."""
+    numbers = to_numpy(array).astype(name_of(array.dtype), copy=False)
+    return numbers.view(np.uint16) if dtype == "bfloat16" and name in ("keys", "values") else numbers
 
 
 def _ranges(first: int, last: int, ring: int) -> list[tuple[slice, slice]]:
