@@ -143,6 +143,11 @@ class KNNMemory(Savable):
         return Row(self.heads, self.dim, self.value_dim, self.capacity, self.dtype, index)
 
     @property
+    def device(self) -> Any:
+        """Where keys and values live: "cpu" for main memory, else the device's own object."""
+        return self._place.device if isinstance(self._place, Place) else "cpu"
+
+    @property
     def computing(self) -> np.dtype:
         """What scores and readings are computed in: the stored dtype, at least float32."""
         return computing(self.dtype)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from perdure.backends import devices
 from perdure.backends.devices import memory_of
+from perdure.bindings.torch import MemorizingAttention, ops
 
 import perdure
 
@@ -217,6 +218,24 @@ def test_out_of_memory_leaves_the_memory_as_it_was(monkeypatch, rng, ring):
 def test_other_errors_are_not_taken_for_a_full_device():
     with pytest.raises(KeyError), memory_of("cpu"):
         raise KeyError("x")
+
+
+def test_the_memory_of_a_layer_follows_it(monkeypatch):
+    outputs = []
+    for followed in (set(), {"cpu"}):
+        monkeypatch.setattr(ops, "FOLLOWED_TO", followed)
+        torch.manual_seed(0)
+        layer, memory = MemorizingAttention(dim=16, heads=2, segment=4, capacity=20, k=3), None
+        for x in torch.randn(9, 2, 4, 16):
+            output, memory = layer(x, memory)
+        output.sum().backward()
+        assert memory.memory.device == (torch.device("cpu") if followed else "cpu")
+        assert isinstance(memory.memory.device, str) != bool(followed)
+        outputs.append((output.detach(), layer.query.weight.grad, memory.memory.state_dict()))
+    (one, gradient, state), (other, same_gradient, same_state) = outputs
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradient, same_gradient)
+    assert all((state[name] == array).all() for name, array in same_state.items())
 
 
 # ---- devices that are not there: this needs a machine without a GPU, and tells so -----------------------------------
