@@ -262,7 +262,8 @@ def sanitized(*fault):
 @pytest.mark.skipif(not all(map(Path.exists, LIBRARIES or [Path("none")])), reason="the compiler has no sanitizers")
 def test_sanitizers_find_nothing_but_planted_faults():
     result = sanitized()
-    assert (result.returncode, result.stdout) == (0, "98 launches\n"), result.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == sorted(k for f in cuda.sources() for k in cuda_host.kernels_of(cuda.source(f)))
     for fault, told in (
         (("position >= first && depth + c < d ? keys", "depth + c < d ? keys"), "heap-buffer-overflow"),
         (("stored <= ROOM - KEYS", "stored <= ROOM"), "buffer-overflow"),

@@ -6,11 +6,9 @@
 
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
-#include <random>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -19,7 +17,8 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-using std::max, std::min;  // NVRTC has these without a namespace
+static int max(int a, int b) { return a > b ? a : b; }  // NVRTC has these by itself
+static int min(int a, int b) { return a < b ? a : b; }
 
 struct Index {
     unsigned x, y, z;
@@ -41,10 +40,11 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static unsigned running;
-static std::function<void()> body;
+static void (*body)(void* call);
+static void* call;
 
 static void enter() {
-    body();
+    body(call);
     fibers[running].state = DONE;
     swapcontext(&fibers[running].context, &scheduler);
 }
@@ -73,7 +73,7 @@ static bool release(unsigned threads) {
 
 // Runs a grid; 0, or 1 where threads wait for one another forever.
 static int grid(const unsigned* blocks, unsigned threads, unsigned seed) {
-    std::mt19937 random(seed);
+    unsigned long long random = seed;
     std::vector<unsigned> order(threads);
     if (fibers.size() < threads) fibers.resize(threads);
     gridDim = {blocks[0], blocks[1], blocks[2]}, blockDim = {threads, 1, 1};
@@ -91,7 +91,10 @@ static int grid(const unsigned* blocks, unsigned threads, unsigned seed) {
             fiber.state = READY;
         }
         do {
-            std::shuffle(order.begin(), order.end(), random);
+            for (unsigned i = threads - 1; i > 0; i--) {
+                random = random * 6364136223846793005u + 1442695040888963407u;  // Knuth's generator; its high bits
+                std::swap(order[i], order[(random >> 33) % (i + 1)]);
+            }
             for (unsigned i : order)
                 if (fibers[i].state == READY) {
                     running = i, threadIdx = {i, 0, 0};
@@ -104,14 +107,22 @@ static int grid(const unsigned* blocks, unsigned threads, unsigned seed) {
     return 0;
 }
 
+template <typename... Types>
+struct Call {
+    void (*kernel)(Types...);
+    void** given;
+    template <size_t... I>
+    void unpack(std::index_sequence<I...>) {
+        kernel(*static_cast<Types*>(given[I])...);
+    }
+};
+
 // As cuLaunchKernel does: a pointer to each argument.
 template <typename... Types>
 int launch(void (*kernel)(Types...), const unsigned* blocks, unsigned threads, unsigned seed, void** given) {
-    body = [=] {
-        [=]<size_t... I>(std::index_sequence<I...>) {
-            kernel(*static_cast<Types*>(given[I])...);
-        }(std::index_sequence_for<Types...>{});
-    };
+    Call<Types...> made{kernel, given};
+    body = [](void* c) { static_cast<Call<Types...>*>(c)->unpack(std::index_sequence_for<Types...>{}); };
+    call = &made;
     return grid(blocks, threads, seed);
 }
 
