@@ -266,6 +266,6 @@ def test_sanitizers_find_nothing_but_planted_faults():
     assert result.stdout.split() == sorted(k for f in cuda.sources() for k in cuda_host.kernels_of(cuda.source(f)))
     for fault, told in (
         (("position >= first && depth + c < d ? keys", "depth + c < d ? keys"), "heap-buffer-overflow"),
-        (("stored <= ROOM - KEYS", "stored <= ROOM"), "buffer-overflow"),
+        (("stored <= ROOM - KEYS", "stored <= ROOM"), "out of bounds"),
     ):
         assert told in sanitized(*fault).stderr

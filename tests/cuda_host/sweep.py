@@ -50,7 +50,8 @@ def main(*fault: str) -> None:
         cuda_host.library = lambda file: built
     with cuda_host.registered():
         if fault:
-            cuda.retrieve(*rng.standard_normal((2, 33, 33), np.float32), 3, "ip", None, 0)
+            queries, keys = (rng.standard_normal((n, 33), np.float32) for n in (33, 300))
+            cuda.retrieve(queries, keys, 3, "ip", None, 0)
             return
         retrievals(rng)
         for dtype in (np.float32, np.float64):
