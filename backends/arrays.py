@@ -138,6 +138,11 @@ def cast(array: Any, dtype: Any) -> Any:
     return array if array.dtype == dtype else namespace(array).astype(array, dtype)
 
 
+def name_of(dtype: Any) -> str:
+    """float32, int64, ...: what a dtype of any framework is called."""
+    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+
+
 def computing_dtype(*arrays: Any) -> Any:
     """The dtype floating `arrays` of one framework are computed in together: the widest of theirs, at least float32."""
     xp = namespace(arrays[0])

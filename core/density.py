@@ -68,6 +68,8 @@ def expected_value(signal: Signal, mean: Any, variance: Any, density: str = "tru
     looked_at(signal, mean=(mean, 1), variance=(variance, 1))
     if signal.basis.kind == "rectangular":
         seen = interval_mass(mean, variance, *signal.basis.beside(mean, edges=True), density)
+    elif mean.dtype == signal.coefficients.dtype:
+        return cast(expected(signal.coefficients, mean, variance, *signal.basis.beside(mean), density), signal.dtype)
     else:
         seen = expected_basis(mean, variance, *signal.basis.beside(mean), density)  # (..., q, N)
     return signal.weighted(seen)
@@ -124,6 +126,12 @@ def looking(mean: Any, variance: Any, density: str, /, **beside: Any) -> tuple[A
     if not bool(xp.all((variance > 0) & xp.isfinite(variance))):
         raise ArgumentError("variance", "finite numbers above 0", "others", "Clamp it, to at least 1e-6 for example.")
     return mean, cast(variance, mean.dtype)
+
+
+@kernel
+def expected(B: Any, mean: Any, variance: Any, centers: Any, widths: Any, density: str) -> Any:
+    """E[psi(t)]^T B: (..., N, e), (..., q), (..., q), (N,), (N,) -> (..., q, e)."""
+    return expected_basis(mean, variance, centers, widths, density) @ B
 
 
 @kernel

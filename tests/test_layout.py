@@ -27,6 +27,7 @@ PUBLIC = [
     "CompressiveMemory",
     "ContinuousMemory",
     "DTypeError",
+    "DeviceMemoryError",
     "FileError",
     "ForkError",
     "FrameworkError",
@@ -68,7 +69,7 @@ PUBLIC = [
 ]
 
 
-def files(folder: Path, suffixes: tuple[str, ...] = (".py", ".typed")) -> dict[str, bytes]:
+def files(folder: Path, suffixes: tuple[str, ...] = (".py", ".typed", ".cu")) -> dict[str, bytes]:
     """Contents of the files in `folder` by relative name; links are followed."""
     found = {}
     for place, folders, names in os.walk(folder, followlinks=True):

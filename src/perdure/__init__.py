@@ -33,6 +33,7 @@ _HOMES = {
         "ArgumentError",
         "BackendError",
         "DTypeError",
+        "DeviceMemoryError",
         "FileError",
         "ForkError",
         "FrameworkError",
