@@ -61,7 +61,7 @@ def assert_same_reading(a, b, queries, k):
 
 
 @each_device
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_history_is_kept_as_in_main_memory(device, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -69,7 +69,8 @@ def test_any_history_is_kept_as_in_main_memory(device, data):
     dtype = data.draw(st.sampled_from(("float32", "float64", "int8", *halves)))
     space, ring = data.draw(st.sampled_from(("ip", "cosine", "l2"))), data.draw(st.sampled_from((None, 1, 7, 64, 70)))
     host, there = pair(device, ring, dtype=dtype, space=space)
-    exact = dtype not in ("int8", *halves) and space != "cosine"  # then ties are drawn too
+    rounds = space == "cosine" or (space == "l2" and dtype == "float64")  # scores of equals may differ in the last bit
+    exact = dtype not in ("int8", *halves) and not rounds  # then ties are drawn too
     for _ in range(data.draw(st.integers(1, 6))):
         step = data.draw(st.sampled_from(("write", "write", "masked", "tagged", "clear", "one row")))
         n = data.draw(st.sampled_from((0, 1, 6, 33, 64, 150)))
