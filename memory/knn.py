@@ -24,7 +24,7 @@ from .indexes.audit import exact_positions, overlap
 from .lock import ReadWriteLock
 from .row import Row
 from .rows import listed, token_array
-from .state import pack, required, unpack
+from .state import counts, pack, rebuilt, required, unpack
 from .storage import DTYPES, computing
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
@@ -425,15 +425,8 @@ class KNNMemory(Savable):
             No state of a KNNMemory, or an altered one.
         """
         config, arrays = unpack("KNNMemory", state)
-        try:
-            memory = cls(**config)
-        except TypeError as error:
-            raise ArgumentError(
-                "state['config']", "a KNNMemory's", str(error), "Pass an unaltered state_dict."
-            ) from error
-        written = required(arrays, "written", (memory.rows,), np.int64)
-        if (written < 0).any():
-            raise ArgumentError("state['written']", "counts", str(written), "Pass an unaltered state_dict.")
+        memory = rebuilt(cls, config, device=None, device_capacity=None)  # of which a state says nothing
+        written = counts(arrays, "written", memory.rows)
         for i, row in enumerate(memory._rows):
             row.reserve(0, f"rows.{i}.tags" in arrays)
             row.written = int(written[i])

@@ -60,6 +60,7 @@ PUBLIC = [
     "gibbs_mass",
     "gibbs_value",
     "load",
+    "mass",
     "merge",
     "open",
     "rectangular_basis",
