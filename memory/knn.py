@@ -425,7 +425,7 @@ class KNNMemory(Savable):
             No state of a KNNMemory, or an altered one.
         """
         config, arrays = unpack("KNNMemory", state)
-        memory = rebuilt(cls, config)
+        memory = rebuilt(cls, config, device=None, device_capacity=None)  # of which a state says nothing
         written = counts(arrays, "written", memory.rows)
         for i, row in enumerate(memory._rows):
             row.reserve(0, f"rows.{i}.tags" in arrays)

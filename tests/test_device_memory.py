@@ -221,6 +221,13 @@ def test_other_errors_are_not_taken_for_a_full_device():
         raise KeyError("x")
 
 
+def test_a_state_says_nothing_of_devices():
+    state = perdure.KNNMemory(**SIZES).state_dict()
+    text = state["config"].tobytes().replace(b"{", b'{"device": "cuda", ', 1)
+    with pytest.raises(perdure.ArgumentError, match="config"):
+        perdure.KNNMemory.from_state_dict({**state, "config": np.frombuffer(text, np.uint8)})
+
+
 def test_the_memory_of_a_layer_follows_it(monkeypatch):
     outputs = []
     for followed in (set(), {"cpu"}):
