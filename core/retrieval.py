@@ -54,7 +54,8 @@ def top_k(queries: Any, keys: Any, k: int, space: str = "ip", mask: Any = None) 
     Returns
     -------
     Neighbours
-        scores and positions (..., q, k), best first, ties to the newest; -inf and -1 where fewer than k exist.
+        scores and positions (..., q, k), best first, ties to the newest; -inf and -1 where fewer than k exist. Scores
+        have the dtype of `queries`.
 
     Raises
     ------

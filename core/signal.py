@@ -55,7 +55,7 @@ class Signal:
 
         Parameters
         ----------
-        t : array (T,) or (..., T), or plain numbers
+        t : array (T,) or (..., T), or a sequence of plain numbers
             Positions in [0, 1], of the signal's framework.
 
         Returns

@@ -33,6 +33,8 @@ def listed(rows: Sequence[int] | None, total: int) -> list[int]:
 def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -> np.ndarray:
     """`given` as NumPy, which must be (rows, n) of that kind of dtype.
 
+    What says something about tokens is kept beside them in main memory, and may come from any framework.
+
     Raises
     ------
     ShapeError, DTypeError, FrameworkError

@@ -197,6 +197,7 @@ def test_an_unreadable_file_is_named(demo, tmp_path, monkeypatch):
         ("--layers", "0,99", "--layers: expected 'all' or layers from 0 to 29, got 99. "),
         ("--tokens", "9" * 5000, "--tokens: expected a whole number, got "),
         ("--output", "/dev/null/deeper", "--output: expected a folder to write to, got /dev/null/deeper (Not a dir"),
+        ("--output", "", "--output: expected a folder, got an empty name. "),
         ("--speed", "9", "unrecognized arguments: --speed 9"),
     ],
 )

@@ -60,6 +60,8 @@ class Settings:
         """
         layers = arguments.layers.strip()
         output = Path(arguments.output)
+        if not arguments.output.strip():
+            raise FileError("--output", "a folder", "an empty name", "Pass --output . for the folder you are in.")
         if output.exists() and not output.is_dir():
             raise FileError("--output", "a folder", f"{output}, which is a file", "Name another folder.")
         return cls(
