@@ -5,13 +5,9 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from unittest import mock
 
 import numpy as np
 import pytest
-import strategies
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from perdure.memory.indexes import audit, auto, centroids, hnsw, ivf
 
 import perdure
@@ -123,67 +119,6 @@ def test_more_than_a_list_or_graph_holds(small, rng, index):
     memory, keys = filled(index, rng)
     near = memory.search(keys[:, :, :2], 600)
     np.testing.assert_array_equal(np.sort(near.positions[0, 0, 0]), np.arange(300, 900))
-
-
-class Model:
-    """What a memory of two rows may give: of each row, the key and the mark of every position that is still held."""
-
-    def __init__(self, capacity):
-        self.capacity, self.rows, self.marks = capacity, [{}, {}], 0
-        self.written = [0, 0]
-
-    def write(self, row, keys):
-        for key in keys:
-            self.marks += 1
-            self.rows[row][self.written[row]] = (key, self.marks)
-            self.written[row] += 1
-            self.rows[row].pop(self.written[row] - 1 - self.capacity, None)
-        return np.arange(self.marks - len(keys) + 1, self.marks + 1, dtype=np.float32)
-
-
-@pytest.mark.parametrize("space", ["ip", "l2"])
-@pytest.mark.parametrize("index", ["exact", *APPROXIMATE])
-@settings(max_examples=15)
-@given(st.data())
-def test_whatever_is_done_only_living_tokens_of_the_row_come_back(index, space, data):
-    """Random writes, clears, saves and searches: distinct, sorted, rightly scored, and as many as there are."""
-    small = (
-        mock.patch.object(ivf, "FIRST", 60),
-        mock.patch.object(hnsw, "SMALLEST", 32),
-        mock.patch.object(auto, "EVERY", 2),
-    )
-    with small[0], small[1], small[2], warnings.catch_warnings():
-        warnings.simplefilter("ignore", perdure.RecallWarning)
-        capacity = data.draw(st.sampled_from((1, 40, 100, 257)))
-        memory = perdure.KNNMemory(2, 1, 3, capacity, value_dim=1, index=index, space=space)
-        model = Model(capacity)
-        for _ in range(data.draw(st.integers(1, 8))):
-            row, act = data.draw(st.integers(0, 1)), data.draw(st.sampled_from(("write", "write", "clear", "save")))
-            if act == "clear":
-                memory.clear([row])
-                model.rows[row], model.written[row] = {}, 0
-            elif act == "save":
-                memory = perdure.KNNMemory.from_state_dict(memory.state_dict())
-            else:
-                n = data.draw(st.sampled_from((1, 30, 90, 300)))
-                keys = data.draw(strategies.values((n, 3))).astype(np.float32)
-                marks = model.write(row, keys)
-                memory.write(keys[None, None], marks[None, None, :, None], rows=[row])
-            queries = data.draw(strategies.values((data.draw(st.sampled_from((1, 2, 9))), 3))).astype(np.float32)
-            k = data.draw(st.sampled_from((1, 5, 70)))
-            near, held = memory.search(queries[None, None], k, rows=[row]), model.rows[row]
-            found = near.positions[0, 0] >= 0
-            assert (found.sum(axis=1) == min(k, len(held))).all()
-            for i, query in enumerate(queries):
-                positions = near.positions[0, 0, i][found[i]].tolist()
-                assert len(set(positions)) == len(positions)
-                assert set(positions) <= set(held)
-                keys = np.array([held[p][0] for p in positions], np.float64).reshape(-1, 3)
-                assert near.values[0, 0, i, found[i], 0].tolist() == [held[p][1] for p in positions]
-                scores = -np.sum((query - keys) ** 2, axis=1) if space == "l2" else keys @ query.astype(np.float64)
-                got, size = near.scores[0, 0, i][found[i]], 1 + np.abs(query).max() * np.abs(keys).max(initial=0)
-                np.testing.assert_allclose(got, scores, rtol=1e-5, atol=1e-5 * size)
-                assert (np.diff(got) <= 0).all()
 
 
 def test_lists_follow_a_drifting_stream(small, rng):
