@@ -19,6 +19,8 @@ from ..backends.arrays import (
 )
 from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 
+MANY = 65_536  # neighbours that may be asked for however few keys there are
+
 
 def floating_arrays(**arrays: Any) -> None:
     """All arrays belong to one framework and device and hold floats; None is skipped.
@@ -96,6 +98,20 @@ def count(argument: str, value: Any, least: int = 1) -> int:
     if number is None or isinstance(value, bool) or number < least:
         raise ArgumentError(argument, f"a whole number of at least {least}", repr(value), f"Pass {argument}={least}.")
     return int(number)
+
+
+def neighbours(value: Any, stored: int) -> int:
+    """`value` as a count of neighbours: as many as there are keys, and some more, but no result that fills the memory.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    k, most = count("k", value), max(stored, MANY)
+    if k > most:
+        expected = f"at most {most} neighbours, of {stored} keys"
+        raise ArgumentError("k", expected, repr(value), "Pass the number of neighbours to attend to, k=32 as a rule.")
+    return k
 
 
 def number(argument: str, value: Any) -> float:
@@ -197,7 +213,7 @@ def measurable(**vectors: Any) -> None:
         xp = namespace(array)
         wide = cast(array, computing_dtype(array))
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is about to be told
-            squares = 4 * xp.sum(wide * wide, axis=-1)
+            squares = 4 * xp.vecdot(wide, wide)
         if not bool(xp.all(xp.isfinite(squares))):
             finite(**{argument: array})
             raise NonFiniteError(

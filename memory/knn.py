@@ -1,37 +1,36 @@
-"""The memory of Memorizing Transformers: the newest (key, value) pairs of every row, retrieved by exact search."""
+"""The memory of Memorizing Transformers: the newest (key, value) pairs of every row, written, cleared and kept."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import computing_dtype
-from ..backends.errors import ArgumentError, ShapeError
-from ..backends.exchange import like, to_numpy
+from ..backends.errors import ArgumentError
+from ..backends.exchange import to_numpy
 from ..core import checks
-from ..core.attention import Reading
-from ..core.retrieval import SPACES, Neighbours
+from ..core.retrieval import SPACES
 from .file import Savable
 from .indexes import make_index
-from .indexes.audit import exact_positions, overlap
+from .indexes.costs import Costs
 from .lock import ReadWriteLock
+from .retrieving import Retrieving
 from .row import Row
 from .rows import listed, token_array
 from .state import pack, required, unpack
-from .storage import DTYPES, computing, decode, encode
+from .storage import DTYPES, cast_silently, decode, encode
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
+SELECTIONS = ("best", "bucketed")
 CONFIG = (
     *("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype"),
-    *("index", "target_recall", "max_norm", "seed"),
+    *("index", "target_recall", "max_norm", "seed", "selection", "costs"),
 )  # the arguments that a state holds
 
 
-class KNNMemory(Savable):
+class KNNMemory(Retrieving, Savable):
     """Bounded memory of (key, value) pairs per row and head, read by attention over the k nearest keys.
 
     Parameters
@@ -60,6 +59,11 @@ class KNNMemory(Savable):
         attention of every query; this bounds what it can draw.
     seed : int
         Of the random choices of approximate indexes.
+    selection : {"best", "bucketed"}
+        "bucketed" takes the best key of each of k buckets of slots, as the authors' code does, in place of the k best:
+        for comparison with that code only.
+    costs : dict of str to float, optional
+        What a step costs here, for "auto"; see `Costs`. By default measured once on each machine, and kept.
 
     Raises
     ------
@@ -69,7 +73,8 @@ class KNNMemory(Savable):
     Notes
     -----
     Bytes: rows x heads x min(tokens, capacity) x (dim + value_dim) x itemsize, allocated as tokens come (doubling), and
-    the keys once more for the exact index. A write costs O(n), a read O(q n d), over as many threads as there are.
+    what the index keeps beside: for float32 keys dim + 12 a key as codes,
+    or the keys once more. A write costs O(n), a read O(q n d), over as many threads as there are.
     Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. Differs from the paper in
     that a row with nothing stored reads as nothing (output 0, lse -inf), where the authors' code attends to slots of
     zeros.
@@ -102,6 +107,8 @@ class KNNMemory(Savable):
         target_recall: float = 0.95,
         max_norm: float | None = None,
         seed: int = 0,
+        selection: str = "best",
+        costs: Mapping[str, float] | None = None,
     ):
         self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
         self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
@@ -112,29 +119,18 @@ class KNNMemory(Savable):
         self.target_recall, self.seed = checks.positive("target_recall", target_recall), checks.count("seed", seed, 0)
         if self.target_recall > 1:
             raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
+        self.selection = checks.choice("selection", selection, SELECTIONS)
+        if self.selection != "best" and self.index != "exact":
+            raise ArgumentError("selection", "'best' with this index", repr(selection), "Pass index='exact'.")
+        self.costs = None if costs is None else Costs.given(costs).constants()
         self._rows = [self._empty() for _ in range(self.rows)]
         self._lock = ReadWriteLock()
 
     def _empty(self) -> Row:
-        index = make_index(
-            self.index, self.heads, self.dim, self.space, self.dtype, self.capacity, self.target_recall, self.seed
-        )
+        name = self.index if self.selection == "best" else self.selection
+        kind = (name, self.heads, self.dim, self.space, self.dtype, self.capacity, self.target_recall, self.seed)
+        index = make_index(*kind, None if self.costs is None else Costs.given(self.costs))
         return Row(self.heads, self.dim, self.value_dim, self.capacity, self.dtype, index)
-
-    @property
-    def computing(self) -> np.dtype:
-        """What scores and readings are computed in: the stored dtype, at least float32."""
-        return computing(self.dtype)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Tokens held now, int64 (rows,)."""
-        return np.array([row.stored for row in self._rows], np.int64)
-
-    @property
-    def written(self) -> np.ndarray:
-        """Tokens in each row's whole history, int64 (rows,); the next token's position."""
-        return np.array([row.written for row in self._rows], np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -200,135 +196,6 @@ class KNNMemory(Savable):
         if self.dtype in ("float16", "bfloat16"):
             checks.finite(keys=decode(parts["keys"], None), values=decode(parts["values"], None))
         return parts
-
-    def search(self, queries: Any, k: int, rows: Sequence[int] | None = None) -> Neighbours:
-        """The k nearest stored tokens of every query, with their keys and values.
-
-        Parameters
-        ----------
-        queries : array (rows, query_heads, q, dim)
-            `query_heads` may be a multiple g of `heads`: query head h then searches memory head h // g.
-        k : int
-            At least 1; may exceed what is stored.
-        rows : sequence of int, optional
-            Which rows the first axis stands for; all by default.
-
-        Returns
-        -------
-        Neighbours
-            scores and positions (rows, query_heads, q, k), best first, ties to the newest; positions count the tokens
-            of the row's whole history, and are -1, with score -inf and zeros, where fewer than k are stored.
-
-        Raises
-        ------
-        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
-        """
-        found = []
-        chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading:
-            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                scores, positions = row.search(numbers, k)
-                taken = row.gather(positions)
-                found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
-        return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
-
-    def at(self, positions: Any) -> Neighbours:
-        """The stored tokens at given positions of every row's history, whatever any query thinks of them.
-
-        Parameters
-        ----------
-        positions : int64 NumPy array (rows, n)
-            Of tokens held now; -1 is none, and gives zeros.
-
-        Returns
-        -------
-        Neighbours
-            NumPy arrays: keys (rows, heads, n, dim), values (rows, heads, n, value_dim), tags (rows, n) or None, and
-            `positions` as given; no scores.
-
-        Raises
-        ------
-        ShapeError, DTypeError, ArgumentError
-            A position that is not held, among others.
-        """
-        positions = token_array("positions", positions, (self.rows, positions.shape[-1]), "integral")
-        with self._lock.reading:
-            oldest = (self.written - self.tokens)[:, None]
-            if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
-                expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
-                raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
-            taken = [
-                row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
-                for row, where in zip(self._rows, positions, strict=True)
-            ]
-            keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
-            tagged = any(entries["tags"] is not None for entries in taken)
-            tags = np.full(positions.shape, -1, np.int64)
-            for i, entries in enumerate(taken):
-                tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
-        return Neighbours(None, positions, keys, values, tags if tagged else None)
-
-    def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
-        """Attention of every query over its k nearest stored tokens.
-
-        Parameters
-        ----------
-        queries : array (rows, query_heads, q, dim)
-            `query_heads` may be a multiple g of `heads`: query head h then reads memory head h // g.
-        k : int
-        scale : float, optional
-            Factor on q·k; 1/sqrt(dim) by default.
-        rows : sequence of int, optional
-            Which rows the first axis stands for; all by default.
-
-        Returns
-        -------
-        Reading
-            output (rows, query_heads, q, value_dim), lse (rows, query_heads, q), and `neighbours` with scores,
-            positions and tags. A row with nothing stored gives output 0 and lse -inf.
-
-        Raises
-        ------
-        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
-        """
-        scale = 1 / math.sqrt(self.dim) if scale is None else checks.number("scale", scale)
-        found = []
-        chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading:
-            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                scores, positions = row.search(numbers, k)
-                output, lse = row.attend(numbers, positions, scale)
-                found.append((output, lse, scores, positions, row.tags_at(positions)))
-        outputs, lses, *rest = zip(*found, strict=True)
-        scores, positions, tags = (self._ungrouped(parts, queries) for parts in rest)
-        output, lse = self._ungrouped(outputs, queries), self._ungrouped(lses, queries, computing_dtype(queries))
-        return Reading(output, lse, Neighbours(scores, positions, tags=tags))
-
-    def recall(self, queries: Any, k: int = 32, rows: Sequence[int] | None = None) -> float:
-        """Share of the true k nearest, as exact search finds them, that `search` finds; 1 where nothing is stored.
-
-        Parameters
-        ----------
-        queries : array (rows, query_heads, q, dim)
-            As for `search`: measure with queries of the kind that will be asked, not with copies of keys.
-        k : int
-        rows : sequence of int, optional
-
-        Raises
-        ------
-        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
-
-        Notes
-        -----
-        Cost of the search, and of an exact one.
-        """
-        shares = []
-        chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading:
-            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                _, positions = row.search(numbers, k)
-                shares.append(overlap(positions, exact_positions(row, numbers, k, self.space)) if row.stored else 1.0)
-        return float(np.mean(shares))
 
     def explain(self) -> str:
         """Of every row: what is stored, how it is searched and why, and the bytes that takes."""
@@ -410,36 +277,3 @@ class KNNMemory(Savable):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
         return type(self).from_state_dict, (self.state_dict(),)
-
-    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> tuple[list[int], np.ndarray]:
-        """The chosen rows, and their queries (rows, heads, group x q, dim), validated."""
-        chosen = listed(rows, self.rows)
-        if not chosen:
-            raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
-        checks.count("k", k)
-        checks.floating_arrays(queries=queries)
-        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim, whole=True)
-        if queries.shape[1] == 0 or queries.shape[1] % self.heads:
-            raise ShapeError(
-                "queries",
-                f"a multiple of the memory's {self.heads} heads",
-                f"{queries.shape[1]} heads",
-                "Give every memory head the same number of query heads.",
-            )
-        numbers = cast_silently(to_numpy(queries), self.computing)
-        checks.measurable(queries=numbers)
-        return chosen, numbers.reshape(len(chosen), self.heads, -1, self.dim)
-
-    def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
-        """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
-        known = [part for part in parts if part is not None]
-        if not known:
-            return None
-        stacked = np.stack([np.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
-        return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
-
-
-def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """`array` in `dtype`; what does not fit becomes infinite, silently, for the finite check to find."""
-    with np.errstate(over="ignore"):
-        return array.astype(dtype, copy=False)

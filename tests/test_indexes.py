@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from perdure.memory.indexes import audit, auto, centroids, hnsw, ivf
+from perdure.memory.indexes import audit, auto, centroids, costs, hnsw, ivf
 
 import perdure
 
@@ -190,26 +190,29 @@ def test_an_audit_counts_what_is_missing():
 
 
 def test_auto_chooses_by_use():
-    costs = auto.Costs()
-    small = auto.estimate(2_000, 64, 512, 512, costs)
-    large = auto.estimate(1_000_000, 64, 512, 512, costs)
-    sealed = auto.estimate(1_000_000, 64, 1, 0, costs)
+    def estimate(n, queries, written, target=0.95):
+        return auto.estimate(n, 64, queries, written, target, auto.Costs())
+
+    small, large, sealed = estimate(2_000, 512, 512), estimate(1_000_000, 512, 512), estimate(1_000_000, 1, 0)
     assert min(small, key=small.get) == "exact"
     assert min(large, key=large.get) == "ivf"
     assert sealed["hnsw"] < sealed["exact"]
-    assert auto.estimate(1_000_000, 64, 1, 512, costs)["hnsw"] > sealed["hnsw"]
+    assert estimate(1_000_000, 1, 512)["hnsw"] > sealed["hnsw"]
+    assert estimate(1_000_000, 512, 512, target=0.999)["ivf"] > large["ivf"]
+    everything = estimate(1_000_000, 512, 512, target=1.0)
+    assert min(everything, key=everything.get) == "exact"
 
 
 def test_auto_changes_its_mind_and_says_so(small, rng, monkeypatch):
-    memory, _ = filled("auto", rng)
+    memory, _ = filled("auto", rng, costs={"lists": 1e-6, "trained": 1e-6})
     queries = clustered(rng, 4)[None, None]
     before = memory.search(queries, 5)
     index = memory._rows[0].index
-    index.costs = auto.Costs(lists=1e-6, trained=1e-6)
     for _ in range(4):
         memory.search(queries, 5)
     assert index.name == "ivf"
     assert "auto: ivf" in memory.explain()
+    assert "costs given" in memory.explain()
     after = memory.search(queries, 5)
     assert audit.overlap(after.positions, before.positions) >= 0.8
 
@@ -241,3 +244,57 @@ def test_many_threads_may_read_at_once(small, rng, index):
 def test_impossible_recalls_are_refused(bad):
     with pytest.raises(perdure.ArgumentError):
         perdure.KNNMemory(1, 1, 1, 1, target_recall=bad)
+
+
+def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, rng):
+    """The first memory that asks measures; the next process reads; a file that was spoilt is refused by name."""
+    place, calls = tmp_path / "new" / "costs.json", []
+    monkeypatch.setenv("PERDURE_COSTS", str(place))
+    monkeypatch.setattr(auto, "LEAST", 100)
+    monkeypatch.setattr(auto, "EVERY", 1)
+    monkeypatch.setattr(costs, "measured", lambda: calls.append(1) or costs.Costs(lists=1e-6, source="measured"))
+    costs.machine_costs.cache_clear()
+    for source in ("measured", "measured", f"from {place}"):
+        if source != "measured":
+            costs.machine_costs.cache_clear()  # another process
+        memory, _ = filled("auto", rng)
+        memory.search(clustered(rng, 4)[None, None], 5)
+        assert f"costs {source}" in memory.explain()
+    assert len(calls) == 1
+    costs.machine_costs.cache_clear()
+    place.write_text('{"lists": -1}')
+    memory, _ = filled("auto", rng)
+    with pytest.raises(perdure.ArgumentError, match="PERDURE_COSTS"):
+        memory.search(clustered(rng, 4)[None, None], 5)
+    costs.machine_costs.cache_clear()
+
+
+def test_costs_can_be_measured_here(monkeypatch):
+    for name, count in (("KEYS", 512), ("MANY", 8), ("GRAPH", 256)):
+        monkeypatch.setattr(costs, name, count)
+    made = costs.measured()
+    assert all(0 < number < 1e9 for number in made.constants().values())
+    assert made == costs.Costs.given(made.constants(), made.source)
+
+
+@pytest.mark.parametrize("bad", [{"speed": 1.0}, {"lists": 0.0}, {"few": "x"}, [1.0]])
+def test_impossible_costs_are_refused(bad):
+    with pytest.raises(perdure.ArgumentError, match="costs"):
+        perdure.KNNMemory(1, 1, 1, 1, index="auto", costs=bad)
+
+
+def test_drift_over_ten_turnovers_costs_no_recall(small, rng):
+    """Lists that followed the stream find at least .95 of what freshly made ones find, with as many probes."""
+    capacity, memory = 1000, perdure.KNNMemory(1, 1, 8, 1000, index="ivf")
+    for turn in range(1, 42):
+        segment = clustered(rng, 250, shift=turn / 4)[None, None]
+        memory.write(segment, segment)
+        memory.search(segment[:, :, :4], 10)
+        if turn in (16, 41):  # three and more than nine times everything has been replaced
+            kept = memory.at(memory.written[:, None] - 1 - np.arange(capacity)[None, ::-1])
+            fresh = perdure.KNNMemory(1, 1, 8, capacity, index="ivf")
+            fresh.write(kept.keys, kept.values)
+            queries = clustered(rng, 200, shift=turn / 4)[None, None]
+            fresh.search(queries[:, :, :4], 10)
+            fresh._rows[0].index.probes = memory._rows[0].index.probes
+            assert memory.recall(queries, 10) >= 0.95 * fresh.recall(queries, 10)

@@ -160,6 +160,7 @@ def test_a_rejected_write_changes_nothing(rng, change, argument, error):
     ("change", "argument"),
     [
         ({"k": 0}, "k"),
+        ({"k": 2**62}, "k"),
         ({"queries": np.zeros((2, 3, 1, 4))}, "queries"),
         ({"queries": np.zeros((2, 0, 1, 4))}, "queries"),
         ({"queries": np.zeros((2, 2, 1, 5))}, "queries"),
@@ -225,3 +226,43 @@ def test_tokens_are_given_back_by_their_positions(data):
     for wrong in (n, held[0] - 1 if held.size and held[0] else n + 5, -2):
         with pytest.raises(perdure.ArgumentError, match="positions"):
             memory.at(np.full((2, 1), wrong))
+
+
+@pytest.mark.parametrize("bad", [[[0]], [[0], [0]], None, 3])
+def test_positions_that_are_no_array_are_refused(rng, bad):
+    memory = make()
+    memory.write(*segment(rng))
+    with pytest.raises(perdure.ArgumentError, match="positions"):
+        memory.at(bad)
+
+
+@given(data=st.data())
+def test_bucketed_selection_is_the_best_of_every_bucket_of_slots(data):
+    """Bucket b of k holds the tokens whose slots in the ring are b modulo k, through any number of wrap-arounds."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    capacity, k = data.draw(st.sampled_from((1, 7, 8, 32))), data.draw(st.integers(1, 9))
+    n, space = data.draw(st.integers(0, 90)), data.draw(st.sampled_from(("ip", "cosine", "l2")))
+    memory = make(rows=1, capacity=capacity, dtype="float64", selection="bucketed", space=space)
+    exact = make(rows=1, capacity=capacity, dtype="float64", space=space)
+    keys, values = segment(rng, rows=1, n=n)
+    for one in (memory, exact):
+        one.write(keys, values)
+    queries = rng.standard_normal((1, 2, 3, 4))
+    near, every = memory.search(queries, k), exact.search(queries, capacity)
+    for h, i in np.ndindex(2, 3):
+        buckets = {}
+        for score, position in zip(every.scores[0, h, i], every.positions[0, h, i], strict=True):
+            if position >= 0:
+                buckets.setdefault(position % capacity % k, (score, position))
+        best = sorted(buckets.values(), reverse=True)
+        np.testing.assert_allclose(near.scores[0, h, i, : len(best)], [score for score, _ in best], atol=1e-12)
+        np.testing.assert_array_equal(near.positions[0, h, i, : len(best)], [position for _, position in best])
+        assert (near.positions[0, h, i, len(best) :] == -1).all()
+        assert (near.scores[0, h, i, len(best) :] == -np.inf).all()
+    again = perdure.KNNMemory.from_state_dict(memory.state_dict())
+    np.testing.assert_array_equal(again.search(queries, k).positions, near.positions)
+
+
+def test_bucketed_selection_looks_at_every_key():
+    with pytest.raises(perdure.ArgumentError, match="selection"):
+        make(selection="bucketed", index="ivf")

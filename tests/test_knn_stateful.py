@@ -18,6 +18,7 @@ from perdure.memory.indexes import auto, hnsw, ivf
 import perdure
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
+COSTS = ({"lists": 1e-6, "trained": 1e-6}, {"walked": 1e-6, "built": 1e-6}, {"few": 1.0})  # each suits another index
 
 
 def begin_early():
@@ -49,12 +50,13 @@ class AgainstLists(RuleBasedStateMachine):
         self.early = begin_early()
         self.rows, self.heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
         self.dim, self.width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
-        self.capacity = data.draw(st.integers(1, 90))
+        self.capacity = data.draw(st.integers(1, 90) | st.sampled_from((40, 64, 90)))
         self.space = data.draw(st.sampled_from(("ip", "cosine", "l2")))
         self.dtype = data.draw(st.sampled_from(("float32", "float64") if self.index != "hnsw" else ("float32",)))
         self.memory = perdure.KNNMemory(
             *(self.rows, self.heads, self.dim, self.capacity),
             **{"value_dim": self.width, "space": self.space, "dtype": self.dtype, "index": self.index},
+            costs=data.draw(st.sampled_from(COSTS)) if self.index == "auto" else None,
         )
         self.lists = [[] for _ in range(self.rows)]
         self.counts = [0] * self.rows
@@ -72,7 +74,18 @@ class AgainstLists(RuleBasedStateMachine):
 
     @rule(data=st.data(), n=st.one_of(st.integers(0, 10), st.integers(60, 200)))
     def write(self, data, n):
-        rows = self.some_rows(data)
+        self.write_to(self.some_rows(data), data, n)
+
+    @rule(data=st.data(), n=st.integers(1, 12), filled=st.booleans())
+    def steps(self, data, n, filled):
+        """What a memory is for: a little in, the oldest out, and read; the oldest are gone, however it is searched."""
+        if filled:
+            self.write_to(None, data, self.capacity)
+        for _ in range(4):
+            self.read_from(None, data, k=12, q=2, group=1)
+            self.write_to(None, data, n)
+
+    def write_to(self, rows, data, n):
         chosen = list(range(self.rows)) if rows is None else rows
         keys = self.vectors(data, (len(chosen), self.heads, n, self.dim))
         values = self.vectors(data, (len(chosen), self.heads, n, self.width))
@@ -102,7 +115,9 @@ class AgainstLists(RuleBasedStateMachine):
 
     @rule(data=st.data(), k=st.integers(1, 12), q=st.integers(0, 4), group=st.integers(1, 2))
     def read(self, data, k, q, group):
-        rows = self.some_rows(data)
+        self.read_from(self.some_rows(data), data, k, q, group)
+
+    def read_from(self, rows, data, k, q, group):
         chosen = list(range(self.rows)) if rows is None else rows
         queries = self.vectors(data, (len(chosen), group * self.heads, q, self.dim))
         near, reading = self.memory.search(queries, k, rows=rows), self.memory.read(queries, k, scale=0.5, rows=rows)
@@ -146,7 +161,7 @@ class AgainstLists(RuleBasedStateMachine):
         weights = np.exp(logits - logits.max())
         expected = weights / weights.sum() @ np.array([value for _, value, _ in entries], np.float64)
         loose = 1 if self.dtype == "float64" else 1e6
-        size = 1 + np.abs(logits).max()
+        size = 1 + np.linalg.norm(query) * max(np.linalg.norm(key) for key, _, _ in entries)
         np.testing.assert_allclose(output, expected, rtol=1e-9 * loose, atol=1e-9 * size * loose)
         np.testing.assert_allclose(lse, logits.max() + np.log(weights.sum()), rtol=0, atol=1e-12 * size * loose)
 
@@ -169,7 +184,7 @@ class AgainstLists(RuleBasedStateMachine):
 
 def machine(index):
     case = type(f"AgainstLists_{index}", (AgainstLists,), {"index": index}).TestCase
-    case.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+    case.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
     return case
 
 
@@ -183,6 +198,7 @@ def test_other_rows_and_cleared_documents_leave_no_trace(index, data):
     """A row among others, and after documents that were cleared, answers to the bit as a memory of its own."""
     with begin_early():
         shape = {"heads": 1, "dim": 3, "capacity": data.draw(st.sampled_from((1, 40, 100))), "index": index}
+        shape["costs"] = data.draw(st.sampled_from(COSTS)) if index == "auto" else None
         crowd, alone = perdure.KNNMemory(rows=3, **shape), perdure.KNNMemory(rows=1, **shape)
         for _ in range(data.draw(st.integers(1, 10))):
             act, other = data.draw(st.sampled_from(("write", "write", "clear", "read"))), data.draw(st.booleans())
