@@ -174,6 +174,7 @@ def measured() -> Costs:
 
 
 def measured_graph(row: Held, many: np.ndarray, unit: float) -> dict[str, float]:
+    """What graphs cost, in units of a component's comparison."""
     graphs = HNSWIndex(1, DIM, "ip", GRAPH, 0.95, 0)
     keys, doublings = row.keys[0, :GRAPH], math.log2(GRAPH + 2)
     building = seconds(lambda: graphs.build(keys, np.arange(GRAPH)), once=True)
