@@ -21,7 +21,7 @@ from .vectors import compiled_prefetch, plain_prefetch
 one, few, many = (make_code_tile(*shape) for shape in (ONE, FEW, MANY))
 panels_a_tile = panel_counts(ONE, FEW, MANY)
 prefetch = plain_prefetch if config.DISABLE_JIT else compiled_prefetch
-AHEAD = 2 * TOGETHER  # candidates whose keys are on their way while one is scored
+AHEAD = 4 * TOGETHER  # candidates whose keys are on their way while others are scored
 HELPLESS = -1  # the count of a query with more candidates than there is room for
 
 
@@ -136,8 +136,10 @@ def settle(queries, keys, start, unit, bounds, places, highs, counts, best, best
     directed = np.empty((TOGETHER, d), np.float32)
     for i in range(queries.shape[0]):
         prune(i, bounds, places, highs, counts)
-        for u in range(min(AHEAD, counts[i])):
-            prefetch(keys, ring_slot(places[i, u], start, stored))
+    for i in range(queries.shape[0]):
+        if i + 1 < queries.shape[0]:
+            for u in range(min(AHEAD, counts[i + 1])):
+                prefetch(keys, ring_slot(places[i + 1, u], start, stored))
         for first in range(0, counts[i], TOGETHER):
             for u in range(first + AHEAD, min(first + AHEAD + TOGETHER, counts[i])):
                 prefetch(keys, ring_slot(places[i, u], start, stored))

@@ -79,7 +79,7 @@ class CodedLists:
         scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), NONE, np.int64)
         lows, nowhere = scores.copy(), np.zeros_like(ages)
         places, highs = np.empty((q, room), np.int64), np.empty((q, room), np.float32)
-        for some in (probes[:, :1], probes[:, 1:]):  # from the first list, bounds for all others
+        for some in (probes[:, :1], probes[:, 1:5], probes[:, 5:]):  # from the first lists, bounds for the others
             if some.size:
                 who = by_list(some, len(chains.ends), (ONE, FEW, MANY))
                 pages = (chains.ends, chains.positions, chains.links)
