@@ -1,4 +1,4 @@
-"""Keys and queries to search: drifting clusters, independent normal numbers, and those of a real language model.
+"""Keys and queries to search: drifting clusters, normal numbers, one key repeated, and those of a real language model.
 
 Queries of attention are not noisy copies of keys: they are projected by another matrix, and indexes that do well on
 copies can do badly on them. So one data set is the real thing, of SmolLM2-135M reading the documentation of Python.
@@ -34,6 +34,12 @@ def clusters(n: int, d: int, rng: np.random.Generator) -> tuple[np.ndarray, np.n
 def normal(n: int, d: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Nothing to be found: the worst case of every index that hopes for structure."""
     return rng.standard_normal((n, d), dtype=np.float32), rng.standard_normal((n, d), dtype=np.float32)
+
+
+def identical(n: int, d: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One key, over and over: no bound tells one from another."""
+    keys, queries = normal(n, d, rng)
+    return np.repeat(keys[:1], n, axis=0), queries
 
 
 def attention(n: int, d: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -96,4 +102,4 @@ def documentation() -> Iterator[str]:
         yield pydoc.plain("\n\n".join(parts))
 
 
-DATA = {"clusters": clusters, "normal": normal, "attention": attention}
+DATA = {"clusters": clusters, "normal": normal, "identical": identical, "attention": attention}

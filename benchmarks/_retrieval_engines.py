@@ -6,11 +6,16 @@ What a peer cannot do, it does the way its users do it: an index without deletio
 from __future__ import annotations
 
 import importlib
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import perdure
+
+THREADS = int(os.environ.get("NUMBA_NUM_THREADS", "1"))
 
 
 class Ring:
@@ -22,9 +27,6 @@ class Ring:
     def step(self, keys: np.ndarray) -> None:
         self.keys[self.at : self.at + len(keys)] = keys
         self.at = (self.at + len(keys)) % len(self.keys)
-
-    def close(self) -> None:
-        """Nothing to stop."""
 
 
 class Product(Ring):
@@ -63,13 +65,11 @@ class Perdure:
 
     def step(self, keys: np.ndarray) -> None:
         self.memory.write(keys[None, None], np.zeros((1, 1, len(keys), 1), np.float32))
+        self.search(keys[:0], 1)  # an index takes in what was written when it is asked: that belongs to the insertion
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         row = self.memory._rows[0]  # neither copies of the neighbours nor attention, as with the others
         return row.search(queries[None], k)[1][0] % row.capacity
-
-    def close(self) -> None:
-        """Nothing to stop."""
 
 
 class Faiss:
@@ -77,7 +77,7 @@ class Faiss:
 
     def __init__(self, keys: np.ndarray, lists: int = 0, probes: int = 1):
         faiss = importlib.import_module("faiss")
-        faiss.omp_set_num_threads(1)
+        faiss.omp_set_num_threads(THREADS)
         self.faiss, (self.n, d), self.written = faiss, keys.shape, len(keys)
         flat = faiss.IndexFlatIP(d)
         if lists:
@@ -105,9 +105,6 @@ class Faiss:
         _, ids = self.index.search(queries, k)
         return np.where(ids >= 0, (ids + (self.written - self.n if self.flat else 0)) % self.n, -1)
 
-    def close(self) -> None:
-        """Nothing to stop."""
-
 
 class Graph(Ring):
     """hnswlib with deleted elements replaced."""
@@ -118,7 +115,7 @@ class Graph(Ring):
         n, d = keys.shape
         self.index = hnswlib.Index(space="ip", dim=d)
         self.index.init_index(n, M=16, ef_construction=100, allow_replace_deleted=True, random_seed=1)
-        self.index.add_items(keys, np.arange(n), num_threads=1)
+        self.index.add_items(keys, np.arange(n), num_threads=THREADS)
         self.index.set_ef(ef)
 
     def step(self, keys: np.ndarray) -> None:
@@ -129,7 +126,7 @@ class Graph(Ring):
         self.index.add_items(keys, slots, num_threads=1, replace_deleted=True)
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        return self.index.knn_query(queries, k=k, num_threads=1)[0].astype(np.int64)
+        return self.index.knn_query(queries, k=k, num_threads=THREADS)[0].astype(np.int64)
 
 
 class USearch(Ring):
@@ -139,7 +136,7 @@ class USearch(Ring):
         super().__init__(keys)
         module = importlib.import_module("usearch.index")
         self.index = module.Index(ndim=keys.shape[1], metric="ip", dtype="f32", connectivity=16, expansion_search=ef)
-        self.index.add(np.arange(len(keys)), keys, threads=1)
+        self.index.add(np.arange(len(keys)), keys, threads=THREADS)
 
     def step(self, keys: np.ndarray) -> None:
         slots = (self.at + np.arange(len(keys))) % len(self.keys)
@@ -148,8 +145,54 @@ class USearch(Ring):
         self.index.add(slots, keys, threads=1)
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        found = self.index.search(queries, k, threads=1)
+        found = self.index.search(queries, k, threads=THREADS)
         return np.asarray(found.keys, np.int64).reshape(len(queries), -1)
+
+
+class Voyager(Ring):
+    """voyager's graph; a slot's new key takes the place of the old one."""
+
+    def __init__(self, keys: np.ndarray, ef: int):
+        super().__init__(keys)
+        voyager, (n, d) = importlib.import_module("voyager"), keys.shape
+        self.index = voyager.Index(voyager.Space.InnerProduct, d, M=16, ef_construction=100, max_elements=n)
+        self.index.add_items(keys, np.arange(n), num_threads=THREADS)
+        self.index.ef = ef
+
+    def step(self, keys: np.ndarray) -> None:
+        slots = (self.at + np.arange(len(keys))) % len(self.keys)
+        super().step(keys)
+        self.index.add_items(keys, slots, num_threads=THREADS)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        return self.index.query(queries, k, num_threads=THREADS, query_ef=self.index.ef)[0].astype(np.int64)
+
+
+class MemorizingTransformersPyTorch:
+    """The memory of the package of that name: a graph of faiss, and keys and values in a mapped file.
+
+    It never evicts: past its capacity it forgets everything. So it is given room for all that is to come.
+    """
+
+    def __init__(self, keys: np.ndarray, ef: int, room: int = 1 << 14):
+        module = importlib.import_module("memorizing_transformers_pytorch.knn_memory")
+        self.torch, (self.n, d) = importlib.import_module("torch"), keys.shape
+        self.folder, self.written = tempfile.TemporaryDirectory(), 0
+        place = str(Path(self.folder.name) / "memory")
+        self.memory = module.KNNMemory(d, self.n + room, 1, memmap_filename=place, multiprocessing=False)
+        for first in range(0, self.n, 8192):
+            self.step(keys[first : first + 8192])
+        self.memory.knns[0].index.hnsw.efSearch = ef
+
+    def step(self, keys: np.ndarray) -> None:
+        values = np.zeros_like(keys)
+        values[:, 0] = (self.written + np.arange(len(keys))) % self.n  # which key it is, for recall
+        self.memory.add(self.torch.from_numpy(np.stack([keys, values], axis=1)[None]))
+        self.written += len(keys)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        pairs, mask = self.memory.search(self.torch.from_numpy(queries[None]), k)
+        return np.where(mask[0].numpy(), pairs[0, ..., 1, 0].numpy().astype(np.int64), -1)
 
 
 def engines(keys: np.ndarray, slow: bool, only: str = "") -> dict[str, Any]:
@@ -167,11 +210,14 @@ def engines(keys: np.ndarray, slow: bool, only: str = "") -> dict[str, Any]:
         "torch topk": lambda: Torch(keys),
         "faiss Flat": lambda: Faiss(keys),
         "faiss IVFFlat, 1/16 of the lists": lambda: Faiss(keys, lists, lists // 16),
+        "faiss IVFFlat, 1/32 of the lists": lambda: Faiss(keys, lists, lists // 32),
     }
     if slow:
         makers["perdure hnsw"] = lambda: Perdure(keys, index="hnsw")
         makers["hnswlib ef 128"] = lambda: Graph(keys, 128)
         makers["usearch ef 128"] = lambda: USearch(keys, 128)
+        makers["voyager ef 128"] = lambda: Voyager(keys, 128)
+        makers["memorizing-transformers-pytorch"] = lambda: MemorizingTransformersPyTorch(keys, 128)
     wanted = tuple(only.split(","))
     makers = {name: maker for name, maker in makers.items() if name.startswith(("float32", *wanted))}
     made = {}

@@ -1,9 +1,11 @@
 """Retrieval side by side: perdure's indexes beside the libraries one would use otherwise, and beside the product alone.
 
 All take turns in one process on one thread, and CPU time is measured, so that a busy machine slows all alike. A step
-is what a memory does for every segment: 512 new keys in, the 512 oldest out, 512 queries. Medians over rounds; ratios
-to the float32 product of queries and keys, which every exact method without a trick has to compute. Prints a table, and
-keeps it with a picture and a description of the machine in benchmarks/results/.
+is what a memory does for every segment: 512 new keys in, the 512 oldest out, 512 queries, attention over what they
+found, by the same function for all. Medians over rounds; ratios to the float32 product of queries and keys, which every
+exact method without a trick has to compute. With --threads above 1 wall time is measured. With --turnovers everything
+is replaced so many times before, in segments, and indexes made anew over the same keys stand beside the others.
+Prints a table, and keeps it with a picture and a description of the machine in benchmarks/results/.
 
     nox -s bench -- retrieval --data=clusters,normal,attention --keys=8192,65536 --rounds=7
 """
@@ -15,20 +17,23 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-THREADS = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMBA")}
+THREADS = next((word.partition("=")[2] for word in sys.argv if word.startswith("--threads=")), "1")
 SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # where set, the product would run below its speed
-os.environ.update({name: value for name, value in THREADS.items() if name not in os.environ})
+os.environ.update({f"{name}_NUM_THREADS": THREADS for name in ("OMP", "OPENBLAS", "MKL", "NUMBA")})
 for name in SLOWING:
     os.environ.pop(name, None)
 
 import numpy as np  # noqa: E402  # the variables above are read when it is imported
 from _retrieval_data import DATA  # noqa: E402
-from _retrieval_engines import Perdure, engines  # noqa: E402
+from _retrieval_engines import Perdure, Ring, engines  # noqa: E402
 
 import perdure  # noqa: E402
 
@@ -37,39 +42,83 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def timed(function: Any, *args: Any) -> tuple[float, Any]:
-    started = time.process_time()
+    clock = time.process_time if THREADS == "1" else time.perf_counter
+    started = clock()
     result = function(*args)
-    return time.process_time() - started, result
+    return clock() - started, result
 
 
-def measure(data: str, n: int, d: int, rounds: int, slow: bool, only: str) -> list[dict[str, Any]]:
-    """One row a method: medians in milliseconds of step, search and single search, and the recall of the searches."""
-    more = (rounds + 2) * SEGMENT
-    keys, queries = DATA[data](n + more, d, np.random.default_rng(0))
-    made, exact = engines(keys[:n], slow, only), Perdure(keys[:n])
-    times: dict[str, dict[str, list[float]]] = {name: {"insert": [], "search": [], "one": []} for name in made}
+PARTS = ("insert", "search", "attend", "one")
+WARM = 4  # rounds that compile, train and tune, and do not count
+
+
+def measure(data: str, n: int, d: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a method: medians in milliseconds of the parts of a step, and the recall of the searches."""
+    rounds = options.rounds + WARM
+    past = options.turnovers * n
+    keys, queries = DATA[data](past + n + rounds * SEGMENT, d, np.random.default_rng(0))
+    made = followed(keys, queries, n, past, options)
+    ring, exact = Ring(keys[past : past + n]), Perdure(keys[past : past + n])
+    times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in made}
     recalls: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(rounds + 2):  # the first two compile, train and tune
-        fresh = slice(n + turn * SEGMENT, n + (turn + 1) * SEGMENT)
-        exact.step(keys[fresh])
+    for turn in range(rounds):
+        fresh = slice(past + n + turn * SEGMENT, past + n + (turn + 1) * SEGMENT)
+        for each in (ring, exact):
+            each.step(keys[fresh])
         truth = exact.search(queries[fresh], K)
         for name, engine in made.items():
             insert, _ = timed(engine.step, keys[fresh])
             search, found = timed(engine.search, queries[fresh], K)
+            attend = 0.0
+            if found is not None:
+                attend, _ = timed(perdure.attend, queries[fresh], ring.keys, ring.keys, found)
             one = statistics.median(timed(engine.search, queries[fresh][i : i + 1], K)[0] for i in range(5))
-            if turn >= 2:
-                for part, seconds in (("insert", insert), ("search", search), ("one", one)):
+            if turn >= WARM:
+                for part, seconds in zip(PARTS, (insert, search, attend, one), strict=True):
                     times[name][part].append(1e3 * seconds)
                 if found is not None:
                     recalls[name].append(overlap(found, truth))
     limit = statistics.median(times["float32 product alone"]["search"])
     table = []
     for name in made:
-        insert, search, one = (statistics.median(times[name][part]) for part in ("insert", "search", "one"))
+        insert, search, attend, one = (statistics.median(times[name][part]) for part in PARTS)
         recall = statistics.mean(recalls[name]) if recalls[name] else None
         row = {"data": data, "keys": n, "dim": d, "engine": name, "insert_ms": insert, "search_ms": search}
-        table.append({**row, "one_query_ms": one, "recall": recall, "search_to_product": search / limit})
+        row |= {"attend_ms": attend, "step_ms": insert + search + attend, "one_query_ms": one}
+        bytes_a_key = made[name].memory.nbytes / n if isinstance(made[name], Perdure) else None
+        table.append({**row, "recall": recall, "search_to_product": search / limit, "bytes_a_key": bytes_a_key})
     return table
+
+
+def followed(keys: np.ndarray, queries: np.ndarray, n: int, past: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The engines over the n keys before `past` + n, which reached them through all keys before."""
+    made = engines(keys[:n], options.graphs, options.only)
+    for first in range(n, n + past, SEGMENT):
+        for engine in made.values():
+            engine.step(keys[first : first + SEGMENT])
+            engine.search(queries[first : first + 4], K)
+    if past:
+        anew = engines(keys[past : past + n], options.graphs, options.only)
+        made |= {f"{name}, anew": engine for name, engine in anew.items() if name != "float32 product alone"}
+    return made
+
+
+def starting() -> dict[str, float]:
+    """Seconds that a process takes to import, write 512 keys and search them: with nothing compiled yet, and again."""
+    program = (
+        "import time; started = time.perf_counter()\n"
+        "import numpy as np, perdure\n"
+        "memory = perdure.KNNMemory(1, 1, 64, 65536)\n"
+        "keys = np.random.default_rng(0).standard_normal((1, 1, 512, 64)).astype('f')\n"
+        "memory.write(keys, keys); memory.read(keys, 32); print(time.perf_counter() - started)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, "-c", program]
+        given = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        first, second = (
+            float(subprocess.run(run, env=given, capture_output=True, text=True, check=True).stdout) for _ in range(2)
+        )
+    return {"first_process_s": first, "second_process_s": second}
 
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> float:
@@ -81,11 +130,13 @@ def show(table: list[dict[str, Any]]) -> str:
     for row in table:
         if heading != (heading := (row["data"], row["keys"], row["dim"])):
             lines.append(f"\n{row['data']}, {row['keys']:,} keys of {row['dim']}, {SEGMENT} queries, k = {K}")
-            lines.append(f"{'':34}{'insert':>9}{'search':>10}{'one query':>11}{'recall':>8}{'to product':>12}")
+            heads = ("insert", "search", "attend", "step", "one query", "recall", "to product", "bytes/key")
+            lines.append(f"{'':36}" + "".join(f"{head:>11}" for head in heads))
         recall = "" if row["recall"] is None else f"{row['recall']:.3f}"
         lines.append(
-            f"{row['engine']:34}{row['insert_ms']:9.2f}{row['search_ms']:10.1f}{row['one_query_ms']:11.2f}"
-            f"{recall:>8}{row['search_to_product']:12.2f}"
+            f"{row['engine']:36}{row['insert_ms']:11.2f}{row['search_ms']:11.1f}{row['attend_ms']:11.2f}"
+            f"{row['step_ms']:11.1f}{row['one_query_ms']:11.2f}{recall:>11}{row['search_to_product']:11.2f}"
+            + (f"{row['bytes_a_key']:11.0f}" if row["bytes_a_key"] else "")
         )
     return "\n".join(lines)
 
@@ -107,7 +158,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "perdure": perdure.__version__,
-        "threads": 1,
+        "threads": int(THREADS),
+        "clock": "CPU time" if THREADS == "1" else "wall time",
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
@@ -140,7 +192,10 @@ def main() -> None:
     parser.add_argument("--keys", default="8192,65536")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--graphs", action="store_true", help="also hnswlib and usearch, which take long to build")
+    parser.add_argument("--turnovers", type=int, default=0, help="how often everything is replaced before")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", action="store_true", help="also how long a process takes to its first result")
+    parser.add_argument("--graphs", action="store_true", help="also graphs, which take long to build")
     parser.add_argument("--only", default="", help="engines by the beginnings of their names")
     parser.add_argument("--keep", default="retrieval", help="name of the files in benchmarks/results/")
     options = parser.parse_args()
@@ -148,10 +203,11 @@ def main() -> None:
     table = []
     for data in options.data.split(","):
         for n in map(int, options.keys.split(",")):
-            table += measure(data, n, options.dim, options.rounds, options.graphs, options.only)
+            table += measure(data, n, options.dim, options)
             print(show(table[-1:] if len(table) == 1 else [r for r in table if (r["data"], r["keys"]) == (data, n)]))
     RESULTS.mkdir(exist_ok=True)
     report = {"machine": machine(), "segment": SEGMENT, "k": K, "rounds": options.rounds, "results": table}
+    report |= {"turnovers": options.turnovers} | ({"starting": starting()} if options.start else {})
     (RESULTS / f"{options.keep}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     plot(table, RESULTS / f"{options.keep}.png")
 

@@ -22,6 +22,8 @@ from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeEr
 from ..backends.exchange import to_numpy
 from ..backends.registry import current_backend, load
 
+MANY = 65_536  # neighbours that may be asked for however few keys there are
+
 
 def floating_arrays(**arrays: Any) -> None:
     """All arrays belong to one framework and device and hold floats; None is skipped.
@@ -131,6 +133,20 @@ def count(argument: str, value: Any, least: int = 1) -> int:
     if number is None or isinstance(value, bool) or number < least:
         raise ArgumentError(argument, f"a whole number of at least {least}", repr(value), f"Pass {argument}={least}.")
     return int(number)
+
+
+def neighbours(value: Any, stored: int) -> int:
+    """`value` as a count of neighbours: as many as there are keys, and some more, but no result that fills the memory.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    k, most = count("k", value), max(stored, MANY)
+    if k > most:
+        expected = f"at most {most} neighbours, of {stored} keys"
+        raise ArgumentError("k", expected, repr(value), "Pass the number of neighbours to attend to, k=32 as a rule.")
+    return k
 
 
 def number(argument: str, value: Any) -> float:
@@ -250,7 +266,7 @@ def measurable(**vectors: Any) -> None:
         xp = namespace(array)
         wide = cast(array, computing_dtype(array))
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is about to be told
-            squares = 4 * xp.sum(wide * wide, axis=-1)
+            squares = 4 * xp.vecdot(wide, wide)
         if not bool(xp.all(xp.isfinite(squares))):
             finite(**{argument: array})
             raise NonFiniteError(

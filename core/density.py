@@ -66,7 +66,6 @@ def expected_value(signal: Signal, mean: Any, variance: Any, density: str = "tru
     """
     mean, variance = looking(mean, variance, density, signal=looked_at(signal))
     looked_at(signal, mean=(mean, 1), variance=(variance, 1))
-    B = signal.coefficients
     if signal.basis.kind == "rectangular":
         seen = interval_mass(mean, variance, *signal.basis.beside(mean, edges=True), density)
     elif mean.dtype == signal.coefficients.dtype:

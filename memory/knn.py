@@ -1,40 +1,40 @@
-"""The memory of Memorizing Transformers: the newest (key, value) pairs of every row, retrieved by exact search."""
+"""The memory of Memorizing Transformers: the newest (key, value) pairs of every row, written, cleared and kept."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import cast, computing_dtype, namespace
+from ..backends.arrays import namespace
 from ..backends.devices import HOST, Place, place_of
-from ..backends.errors import ArgumentError, ShapeError
-from ..backends.exchange import like, to_numpy
+from ..backends.errors import ArgumentError
+from ..backends.exchange import like
 from ..core import checks
-from ..core.attention import Reading
-from ..core.retrieval import SPACES, Neighbours
+from ..core.retrieval import SPACES
 from . import device_row, storage
 from .device_row import DeviceRow
 from .file import Savable
 from .indexes import make_index
-from .indexes.audit import exact_positions, overlap
+from .indexes.costs import Costs
 from .lock import ReadWriteLock
+from .retrieving import Retrieving
 from .row import Row
 from .rows import listed, token_array
 from .state import counts, pack, rebuilt, required, unpack
-from .storage import DTYPES, computing
+from .storage import DTYPES
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
+SELECTIONS = ("best", "bucketed")
 CONFIG = (
     *("rows", "heads", "dim", "capacity", "value_dim", "space", "dtype"),
-    *("index", "target_recall", "max_norm", "seed"),
+    *("index", "target_recall", "max_norm", "seed", "selection", "costs"),
 )  # the arguments that a state holds
 
 
-class KNNMemory(Savable):
+class KNNMemory(Retrieving, Savable):
     """Bounded memory of (key, value) pairs per row and head, read by attention over the k nearest keys.
 
     Parameters
@@ -69,6 +69,11 @@ class KNNMemory(Savable):
     device_capacity : int, optional
         The most tokens of a row on the device, where that is less than `capacity`: older ones are kept, and searched,
         in main memory.
+    selection : {"best", "bucketed"}
+        "bucketed" takes the best key of each of k buckets of slots, as the authors' code does, in place of the k best:
+        for comparison with that code only.
+    costs : dict of str to float, optional
+        What a step costs here, for "auto"; see `Costs`. By default measured once on each machine, and kept.
 
     Raises
     ------
@@ -80,7 +85,8 @@ class KNNMemory(Savable):
     Notes
     -----
     Bytes: rows x heads x min(tokens, capacity) x (dim + value_dim) x itemsize, allocated as tokens come (doubling), and
-    the keys once more for the exact index. A write costs O(n), a read O(q n d), over as many threads as there are.
+    what the index keeps beside: for float32 keys dim + 12 a key as codes,
+    or the keys once more. A write costs O(n), a read O(q n d), over as many threads as there are.
     Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. Differs from the paper in
     that a row with nothing stored reads as nothing (output 0, lse -inf), where the authors' code attends to slots of
     zeros.
@@ -115,6 +121,8 @@ class KNNMemory(Savable):
         seed: int = 0,
         device: Any = None,
         device_capacity: int | None = None,
+        selection: str = "best",
+        costs: Mapping[str, float] | None = None,
     ):
         self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
         self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
@@ -125,6 +133,10 @@ class KNNMemory(Savable):
         self.target_recall, self.seed = checks.positive("target_recall", target_recall), checks.count("seed", seed, 0)
         if self.target_recall > 1:
             raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
+        self.selection = checks.choice("selection", selection, SELECTIONS)
+        if self.selection != "best" and self.index != "exact":
+            raise ArgumentError("selection", "'best' with this index", repr(selection), "Pass index='exact'.")
+        self.costs = None if costs is None else Costs.given(costs).constants()
         self._place, self._ring = place_of(device), self.capacity
         if device_capacity is not None:
             self._ring = min(checks.count("device_capacity", device_capacity), self.capacity)
@@ -137,30 +149,15 @@ class KNNMemory(Savable):
         if isinstance(self._place, Place):
             sizes = self.heads, self.dim, self.value_dim, self.capacity
             return DeviceRow(self._place, self._ring, *sizes, self.dtype, self.space)
-        index = make_index(
-            self.index, self.heads, self.dim, self.space, self.dtype, self.capacity, self.target_recall, self.seed
-        )
+        name = self.index if self.selection == "best" else self.selection
+        kind = (name, self.heads, self.dim, self.space, self.dtype, self.capacity, self.target_recall, self.seed)
+        index = make_index(*kind, None if self.costs is None else Costs.given(self.costs))
         return Row(self.heads, self.dim, self.value_dim, self.capacity, self.dtype, index)
 
     @property
     def device(self) -> Any:
         """Where keys and values live: "cpu" for main memory, else the device's own object."""
         return self._place.device if isinstance(self._place, Place) else "cpu"
-
-    @property
-    def computing(self) -> np.dtype:
-        """What scores and readings are computed in: the stored dtype, at least float32."""
-        return computing(self.dtype)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Tokens held now, int64 (rows,)."""
-        return np.array([row.stored for row in self._rows], np.int64)
-
-    @property
-    def written(self) -> np.ndarray:
-        """Tokens in each row's whole history, int64 (rows,); the next token's position."""
-        return np.array([row.written for row in self._rows], np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -216,13 +213,6 @@ class KNNMemory(Savable):
                     own = {name: namespace(a).take(a, like(kept, a), axis=1) for name, a in own.items()}
                 self._rows[row].write(own, None if tags is None else tags[i][kept])
 
-    def _numbers(self, array: Any) -> Any:
-        """The caller's `array` where the memory is, in the dtype that is computed with."""
-        taken = self._place.take(array)
-        if isinstance(taken, np.ndarray):
-            return cast_silently(taken, self.computing)
-        return cast(taken, getattr(namespace(taken), self.computing.name))
-
     def _encoded(self, keys: Any, values: Any) -> dict[str, Any]:
         """Keys and values as they are stored, checked before, and where the dtype may overflow, after."""
         checks.measurable(keys=keys)
@@ -236,137 +226,6 @@ class KNNMemory(Savable):
         if self.dtype in ("float16", "bfloat16"):
             checks.finite(**{name: codec.decode(parts[name], None) for name in ("keys", "values")})
         return parts
-
-    def search(self, queries: Any, k: int, rows: Sequence[int] | None = None) -> Neighbours:
-        """The k nearest stored tokens of every query, with their keys and values.
-
-        Parameters
-        ----------
-        queries : array (rows, query_heads, q, dim)
-            `query_heads` may be a multiple g of `heads`: query head h then searches memory head h // g.
-        k : int
-            At least 1; may exceed what is stored.
-        rows : sequence of int, optional
-            Which rows the first axis stands for; all by default.
-
-        Returns
-        -------
-        Neighbours
-            scores and positions (rows, query_heads, q, k), best first, ties to the newest; positions count the tokens
-            of the row's whole history, and are -1, with score -inf and zeros, where fewer than k are stored.
-
-        Raises
-        ------
-        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
-        """
-        found = []
-        chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading:
-            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                scores, positions = row.search(numbers, k)
-                taken = row.gather(positions)
-                found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
-        return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
-
-    def at(self, positions: Any) -> Neighbours:
-        """The stored tokens at given positions of every row's history, whatever any query thinks of them.
-
-        Parameters
-        ----------
-        positions : int64 NumPy array (rows, n)
-            Of tokens held now; -1 is none, and gives zeros.
-
-        Returns
-        -------
-        Neighbours
-            NumPy arrays: keys (rows, heads, n, dim), values (rows, heads, n, value_dim), tags (rows, n) or None, and
-            `positions` as given; no scores.
-
-        Raises
-        ------
-        ShapeError, DTypeError, ArgumentError
-            A position that is not held, among others.
-        """
-        positions = token_array("positions", positions, (self.rows, positions.shape[-1]), "integral")
-        with self._lock.reading:
-            oldest = (self.written - self.tokens)[:, None]
-            if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
-                expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
-                raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
-            taken = [
-                row.gather(self._place.take(np.broadcast_to(where, (self.heads, 1, where.size)).copy()))
-                for row, where in zip(self._rows, positions, strict=True)
-            ]
-            taken = [{name: None if a is None else to_numpy(a) for name, a in entries.items()} for entries in taken]
-            keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
-            tagged = any(entries["tags"] is not None for entries in taken)
-            tags = np.full(positions.shape, -1, np.int64)
-            for i, entries in enumerate(taken):
-                tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
-        return Neighbours(None, positions, keys, values, tags if tagged else None)
-
-    def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
-        """Attention of every query over its k nearest stored tokens.
-
-        Parameters
-        ----------
-        queries : array (rows, query_heads, q, dim)
-            `query_heads` may be a multiple g of `heads`: query head h then reads memory head h // g.
-        k : int
-        scale : float, optional
-            Factor on q·k; 1/sqrt(dim) by default.
-        rows : sequence of int, optional
-            Which rows the first axis stands for; all by default.
-
-        Returns
-        -------
-        Reading
-            output (rows, query_heads, q, value_dim), lse (rows, query_heads, q), and `neighbours` with scores,
-            positions and tags. A row with nothing stored gives output 0 and lse -inf.
-
-        Raises
-        ------
-        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
-        """
-        scale = 1 / math.sqrt(self.dim) if scale is None else checks.number("scale", scale)
-        found = []
-        chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading:
-            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                scores, positions = row.search(numbers, k)
-                output, lse = row.attend(numbers, positions, scale)
-                found.append((output, lse, scores, positions, row.tags_at(positions)))
-        outputs, lses, *rest = zip(*found, strict=True)
-        scores, positions, tags = (self._ungrouped(parts, queries) for parts in rest)
-        output, lse = self._ungrouped(outputs, queries), self._ungrouped(lses, queries, computing_dtype(queries))
-        return Reading(output, lse, Neighbours(scores, positions, tags=tags))
-
-    def recall(self, queries: Any, k: int = 32, rows: Sequence[int] | None = None) -> float:
-        """Share of the true k nearest, as exact search finds them, that `search` finds; 1 where nothing is stored.
-
-        Parameters
-        ----------
-        queries : array (rows, query_heads, q, dim)
-            As for `search`: measure with queries of the kind that will be asked, not with copies of keys.
-        k : int
-        rows : sequence of int, optional
-
-        Raises
-        ------
-        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
-
-        Notes
-        -----
-        Cost of the search, and of an exact one.
-        """
-        shares = []
-        chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading:
-            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                _, positions = row.search(numbers, k)
-                exact = isinstance(row, DeviceRow) or not row.stored
-                shares.append(1.0 if exact else overlap(positions, exact_positions(row, numbers, k, self.space)))
-        return float(np.mean(shares))
 
     def explain(self) -> str:
         """Of every row: what is stored, how it is searched and why, and the bytes that takes."""
@@ -463,39 +322,3 @@ class KNNMemory(Savable):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
         return type(self).from_state_dict, (self.state_dict(),)
-
-    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> tuple[list[int], list[Any]]:
-        """The chosen rows, and the queries (heads, group x q, dim) of each, validated, where the memory is."""
-        chosen = listed(rows, self.rows)
-        if not chosen:
-            raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
-        checks.count("k", k)
-        checks.floating_arrays(queries=queries)
-        checks.shape("queries", queries, len(chosen), "query_heads", "q", self.dim, whole=True)
-        if queries.shape[1] == 0 or queries.shape[1] % self.heads:
-            raise ShapeError(
-                "queries",
-                f"a multiple of the memory's {self.heads} heads",
-                f"{queries.shape[1]} heads",
-                "Give every memory head the same number of query heads.",
-            )
-        numbers = self._numbers(queries)
-        checks.measurable(queries=numbers)
-        shape = self.heads, queries.shape[1] // self.heads * queries.shape[2], self.dim
-        return chosen, [namespace(numbers).reshape(numbers[i, ...], shape) for i in range(len(chosen))]
-
-    def _ungrouped(self, parts: Sequence[Any], queries: Any, dtype: Any = None) -> Any:
-        """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
-        known = [part for part in parts if part is not None]
-        if not known:
-            return None
-        xp = namespace(known[0])
-        stacked = xp.stack([xp.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
-        stacked = xp.reshape(stacked, (*queries.shape[:3], *stacked.shape[3:]))
-        return self._place.give(stacked, queries, dtype)
-
-
-def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """`array` in `dtype`; what does not fit becomes infinite, silently, for the finite check to find."""
-    with np.errstate(over="ignore"):
-        return array.astype(dtype, copy=False)

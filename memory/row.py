@@ -93,11 +93,14 @@ class Row:
         n = parts["keys"].shape[1]
         self.reserve(n, tags is not None)
         kept = min(n, self.capacity)
-        slots = np.arange(self.written + n - kept, self.written + n) % self.capacity
-        for name, part in parts.items():
-            self.arrays[name][:, slots] = part[:, n - kept :]
         if "tags" in self.arrays:
-            self.arrays["tags"][:, slots] = -1 if tags is None else tags[n - kept :]
+            parts = {**parts, "tags": np.full((1, n), -1) if tags is None else tags[None]}
+        done, first = n - kept, (self.written + n - kept) % self.capacity
+        while done < n:  # in one piece, or two where the ring closes
+            some = min(n - done, self.capacity - first)
+            for name, part in parts.items():
+                self.arrays[name][:, first : first + some] = part[:, done : done + some]
+            done, first = done + some, 0
         self.written += n
 
     def saved(self) -> dict[str, np.ndarray]:

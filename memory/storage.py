@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 RAW = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8, "float64": np.float64}
@@ -40,6 +42,12 @@ def encode(name: str, numbers: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
             codes = np.clip(np.rint(numbers / steps), -LEVELS, LEVELS)
             return {name: codes.astype(np.int8), f"{name}_scales": scales}
         return {name: numbers.astype(RAW[dtype], copy=False)}
+
+
+def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """`array` in `dtype`; what does not fit becomes infinite, silently, for the finite check to find."""
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
 
 
 def decode(raw: np.ndarray, scales: np.ndarray | None) -> np.ndarray:

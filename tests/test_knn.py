@@ -1,4 +1,4 @@
-"""KNNMemory against a list: whatever is written, masked, cleared and read, in whatever order."""
+"""KNNMemory: what it promises, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import pickle
 
 import numpy as np
 import pytest
-import strategies
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from perdure.memory.protocol import Memory
 
 import perdure
@@ -24,108 +22,6 @@ def fingerprint(memory):
     for name, array in sorted(memory.state_dict().items()):
         digest.update(name.encode() + str((array.dtype, array.shape)).encode() + array.tobytes())
     return digest.hexdigest()
-
-
-class AgainstALists(RuleBasedStateMachine):
-    """Every row is a Python list of (position, keys, values, tag); reading is a loop over it."""
-
-    @initialize(data=st.data())
-    def make(self, data):
-        self.rows, self.heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
-        self.dim, self.width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
-        self.capacity = data.draw(st.integers(1, 90))
-        self.space = data.draw(st.sampled_from(("ip", "cosine", "l2")))
-        self.memory = perdure.KNNMemory(
-            self.rows, self.heads, self.dim, self.capacity, value_dim=self.width, space=self.space, dtype="float64"
-        )
-        self.lists = [[] for _ in range(self.rows)]
-        self.counts = [0] * self.rows
-
-    def some_rows(self, data):
-        chosen = data.draw(st.none() | st.permutations(range(self.rows)))
-        return chosen if chosen is None else chosen[: data.draw(st.integers(1, self.rows))]
-
-    @rule(data=st.data(), n=st.one_of(st.integers(0, 10), st.integers(60, 200)))
-    def write(self, data, n):
-        rows = self.some_rows(data)
-        chosen = list(range(self.rows)) if rows is None else rows
-        keys = data.draw(strategies.values((len(chosen), self.heads, n, self.dim)))
-        values = data.draw(strategies.values((len(chosen), self.heads, n, self.width)))
-        mask = data.draw(st.none() | strategies.masks((len(chosen), n)))
-        tags = np.random.default_rng(n).integers(0, 99, (len(chosen), n)) if data.draw(st.booleans()) else None
-        self.memory.write(keys, values, rows=rows, mask=mask, tags=tags)
-        for i, row in enumerate(chosen):
-            for j in range(n):
-                if mask is None or mask[i, j]:
-                    tag = -1 if tags is None else tags[i, j]
-                    self.lists[row].append((self.counts[row], keys[i, :, j], values[i, :, j], tag))
-                    self.counts[row] += 1
-            self.lists[row] = self.lists[row][-self.capacity :]
-
-    @rule(data=st.data())
-    def clear(self, data):
-        rows = self.some_rows(data)
-        self.memory.clear(rows)
-        for row in range(self.rows) if rows is None else rows:
-            self.lists[row], self.counts[row] = [], 0
-
-    @rule()
-    def save_and_load(self):
-        before = fingerprint(self.memory)
-        self.memory = perdure.KNNMemory.from_state_dict(self.memory.state_dict())
-        assert fingerprint(self.memory) == before
-
-    @rule(data=st.data(), k=st.integers(1, 12), q=st.integers(0, 4), group=st.integers(1, 2))
-    def read(self, data, k, q, group):
-        rows = self.some_rows(data)
-        chosen = list(range(self.rows)) if rows is None else rows
-        queries = data.draw(strategies.values((len(chosen), group * self.heads, q, self.dim)))
-        near, reading = self.memory.search(queries, k, rows=rows), self.memory.read(queries, k, scale=0.5, rows=rows)
-        np.testing.assert_array_equal(near.positions, reading.neighbours.positions)
-        for i, row in enumerate(chosen):
-            for h in range(group * self.heads):
-                for j in range(q):
-                    self.check(row, h // group, queries[i, h, j], k, near, reading, (i, h, j))
-
-    def check(self, row, head, query, k, near, reading, at):
-        stored = {position: (keys[head], values[head], tag) for position, keys, values, tag in self.lists[row]}
-        found = [p for p in near.positions[at] if p >= 0]
-        assert len(found) == len(set(found)) == min(k, len(stored))
-        assert set(found) <= stored.keys()
-        scores = {p: self.score(query, key) for p, (key, _, _) in stored.items()}
-        size = max([1.0, *(abs(s) for s in scores.values())])
-        best = sorted(scores.values(), reverse=True)[: len(found)]
-        np.testing.assert_allclose(near.scores[at][: len(found)], best, rtol=0, atol=1e-9 * size)
-        np.testing.assert_allclose([scores[p] for p in found], best, rtol=0, atol=1e-9 * size)
-        for place, p in enumerate(found):
-            key, value, tag = stored[p]
-            np.testing.assert_array_equal(near.keys[at][place], key)
-            np.testing.assert_array_equal(near.values[at][place], value)
-            assert (-1 if near.tags is None else near.tags[at][place]) == tag
-        logits = np.array([0.5 * query @ stored[p][0] for p in found])
-        if found:
-            weights = np.exp(logits - logits.max())
-            output = weights / weights.sum() @ np.array([stored[p][1] for p in found])
-            np.testing.assert_allclose(reading.output[at], output, rtol=1e-9, atol=1e-6)
-            np.testing.assert_allclose(reading.lse[at], logits.max() + np.log(weights.sum()), rtol=1e-9, atol=1e-9)
-        else:
-            assert (reading.output[at] == 0).all()
-            assert reading.lse[at] == -np.inf
-
-    def score(self, query, key):
-        if self.space == "l2":
-            return -np.sum((query - key) ** 2)
-        norms = np.linalg.norm(query) * np.linalg.norm(key) if self.space == "cosine" else 1.0
-        return query @ key / norms if norms else 0.0
-
-    @invariant()
-    def counts_agree(self):
-        assert self.memory.tokens.tolist() == [len(entries) for entries in self.lists]
-        assert self.memory.written.tolist() == self.counts
-
-
-TestAgainstLists = AgainstALists.TestCase
-TestAgainstLists.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
 
 
 def make(rows=2, heads=2, dim=4, capacity=8, **options):
@@ -264,6 +160,7 @@ def test_a_rejected_write_changes_nothing(rng, change, argument, error):
     ("change", "argument"),
     [
         ({"k": 0}, "k"),
+        ({"k": 2**62}, "k"),
         ({"queries": np.zeros((2, 3, 1, 4))}, "queries"),
         ({"queries": np.zeros((2, 0, 1, 4))}, "queries"),
         ({"queries": np.zeros((2, 2, 1, 5))}, "queries"),
@@ -329,3 +226,43 @@ def test_tokens_are_given_back_by_their_positions(data):
     for wrong in (n, held[0] - 1 if held.size and held[0] else n + 5, -2):
         with pytest.raises(perdure.ArgumentError, match="positions"):
             memory.at(np.full((2, 1), wrong))
+
+
+@pytest.mark.parametrize("bad", [[[0]], [[0], [0]], None, 3])
+def test_positions_that_are_no_array_are_refused(rng, bad):
+    memory = make()
+    memory.write(*segment(rng))
+    with pytest.raises(perdure.ArgumentError, match="positions"):
+        memory.at(bad)
+
+
+@given(data=st.data())
+def test_bucketed_selection_is_the_best_of_every_bucket_of_slots(data):
+    """Bucket b of k holds the tokens whose slots in the ring are b modulo k, through any number of wrap-arounds."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    capacity, k = data.draw(st.sampled_from((1, 7, 8, 32))), data.draw(st.integers(1, 9))
+    n, space = data.draw(st.integers(0, 90)), data.draw(st.sampled_from(("ip", "cosine", "l2")))
+    memory = make(rows=1, capacity=capacity, dtype="float64", selection="bucketed", space=space)
+    exact = make(rows=1, capacity=capacity, dtype="float64", space=space)
+    keys, values = segment(rng, rows=1, n=n)
+    for one in (memory, exact):
+        one.write(keys, values)
+    queries = rng.standard_normal((1, 2, 3, 4))
+    near, every = memory.search(queries, k), exact.search(queries, capacity)
+    for h, i in np.ndindex(2, 3):
+        buckets = {}
+        for score, position in zip(every.scores[0, h, i], every.positions[0, h, i], strict=True):
+            if position >= 0:
+                buckets.setdefault(position % capacity % k, (score, position))
+        best = sorted(buckets.values(), reverse=True)
+        np.testing.assert_allclose(near.scores[0, h, i, : len(best)], [score for score, _ in best], atol=1e-12)
+        np.testing.assert_array_equal(near.positions[0, h, i, : len(best)], [position for _, position in best])
+        assert (near.positions[0, h, i, len(best) :] == -1).all()
+        assert (near.scores[0, h, i, len(best) :] == -np.inf).all()
+    again = perdure.KNNMemory.from_state_dict(memory.state_dict())
+    np.testing.assert_array_equal(again.search(queries, k).positions, near.positions)
+
+
+def test_bucketed_selection_looks_at_every_key():
+    with pytest.raises(perdure.ArgumentError, match="selection"):
+        make(selection="bucketed", index="ivf")

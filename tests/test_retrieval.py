@@ -78,6 +78,7 @@ def test_scores_have_gradients_and_positions_none():
     ("change", "argument", "error"),
     [
         ({"k": 0}, "k", perdure.ArgumentError),
+        ({"k": 2**62}, "k", perdure.ArgumentError),
         ({"k": 1.5}, "k", perdure.ArgumentError),
         ({"k": True}, "k", perdure.ArgumentError),
         ({"k": np.array([1, 2])}, "k", perdure.ArgumentError),

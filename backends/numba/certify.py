@@ -11,23 +11,18 @@ import numpy as np
 from numba import config, njit
 
 from .code_tile import FEW, MANY, ONE, make_code_tile
+from .eight import TOGETHER, chains
 from .heap import offer
 from .scan import below
-from .tile import fused, highest_bit
+from .tile import highest_bit, panel_counts
 from .unit import normalise
-from .vectors import compiled_fma
+from .vectors import compiled_prefetch, plain_prefetch
 
 one, few, many = (make_code_tile(*shape) for shape in (ONE, FEW, MANY))
-fma = fused if config.DISABLE_JIT else compiled_fma
+panels_a_tile = panel_counts(ONE, FEW, MANY)
+prefetch = plain_prefetch if config.DISABLE_JIT else compiled_prefetch
+AHEAD = 4 * TOGETHER  # candidates whose keys are on their way while others are scored
 HELPLESS = -1  # the count of a query with more candidates than there is room for
-
-
-@njit(cache=True, nogil=True)
-def panels_a_tile(queries):
-    """How many panels the tile for groups of that many queries takes."""
-    if queries == ONE[1]:
-        return ONE[0]
-    return FEW[0] if queries == FEW[1] else MANY[0]
 
 
 @njit(inline="always")
@@ -69,17 +64,28 @@ def narrow(keys, first_slot, last_slot, shift, asked, bounds, lows, nowhere, pla
                 while word != 0:
                     lane = highest_bit(word)
                     word &= below(lane)
-                    if high[j * span + lane] > bounds[i]:
-                        if counts[i] == places.shape[1]:
-                            prune(i, bounds, places, highs, counts)
-                            if counts[i] > 3 * places.shape[1] // 4:
-                                counts[i], bounds[i] = HELPLESS, np.inf
-                                break
-                        places[i, counts[i]], highs[i, counts[i]] = first + lane + shift, high[j * span + lane]
-                        counts[i] += 1
-                        if low[j * span + lane] > lows[i, 0]:
-                            offer(low[j * span + lane], 0, lows[i], nowhere[i])
-                            bounds[i] = lows[i, 0]
+                    at = j * span + lane
+                    if high[at] > bounds[i]:
+                        keep(i, first + lane + shift, low[at], high[at], lows, nowhere, places, highs, counts)
+                        if counts[i] == HELPLESS:
+                            bounds[i] = np.inf
+                            break
+                        bounds[i] = lows[i, 0]
+
+
+@njit(inline="always")
+def keep(i, place, low, high, lows, nowhere, places, highs, counts):
+    """Take in a candidate of query i; or give the query up, its count HELPLESS, if there is no room."""
+    full = counts[i] == places.shape[1]
+    if full:
+        prune(i, lows[:, 0], places, highs, counts)
+    if full and counts[i] > 3 * places.shape[1] // 4:
+        counts[i] = HELPLESS
+    else:
+        places[i, counts[i]], highs[i, counts[i]] = place, high
+        counts[i] += 1
+        if low > lows[i, 0]:
+            offer(low, 0, lows[i], nowhere[i])
 
 
 @njit(cache=True, nogil=True)
@@ -109,31 +115,43 @@ def sample(keys, stored, step, asked, maxima):
         for group in range(asked[0].shape[0]):
             ends(keys, block * wide, asked, group, bounds, low, high, hits)
             for j in range(min(queries, maxima.shape[0] - group * queries)):
-                row = maxima[group * queries + j]
+                i = group * queries + j
                 for lane in range(span):
-                    row[column + lane] = max(row[column + lane], low[j * span + lane])
+                    maxima[i, column + lane] = max(maxima[i, column + lane], low[j * span + lane])
         column = (column + span) % maxima.shape[1]
 
 
 @njit(cache=True, nogil=True)
+def ring_slot(age, start, stored):
+    """Where the key of that age stands in a ring whose oldest is at `start`."""
+    slot = age + start
+    return slot if slot < stored else slot - stored
+
+
+@njit(cache=True, nogil=True)
 def settle(queries, keys, start, unit, bounds, places, highs, counts, best, best_places):
-    """Score the candidates that are left in full, each by its chain, and offer them to the heaps best, best_places."""
+    """Score the candidates that are left in full, and offer them to the heaps best, best_places (q, k)."""
     stored, d = keys.shape
-    some = np.empty((4, d), np.float32)
+    rows, own, scores = np.empty(TOGETHER, np.int64), np.arange(TOGETHER), np.empty(TOGETHER, np.float32)
+    directed = np.empty((TOGETHER, d), np.float32)
     for i in range(queries.shape[0]):
         prune(i, bounds, places, highs, counts)
-        for u in range(0, counts[i], 4):
-            for v in range(4):
-                slot = (places[i, min(u + v, counts[i] - 1)] + start) % stored
-                for c in range(d):
-                    some[v, c] = keys[slot, c]
+    for i in range(queries.shape[0]):
+        if i + 1 < queries.shape[0]:
+            for u in range(min(AHEAD, counts[i + 1])):
+                prefetch(keys, ring_slot(places[i + 1, u], start, stored))
+        for first in range(0, counts[i], TOGETHER):
+            for u in range(first + AHEAD, min(first + AHEAD + TOGETHER, counts[i])):
+                prefetch(keys, ring_slot(places[i, u], start, stored))
+            for u in range(TOGETHER):
+                rows[u] = ring_slot(places[i, min(first + u, counts[i] - 1)], start, stored)
             if unit:
-                normalise(some, some)
-            s0 = s1 = s2 = s3 = np.float32(0)
-            for c in range(d):  # four chains side by side hide the latency of one
-                query = queries[i, c]
-                s0, s1 = fma(query, some[0, c], s0), fma(query, some[1, c], s1)
-                s2, s3 = fma(query, some[2, c], s2), fma(query, some[3, c], s3)
-            for v, score in enumerate((s0, s1, s2, s3)):
-                if u + v < counts[i]:
-                    offer(score, places[i, u + v], best[i], best_places[i])
+                for u in range(TOGETHER):
+                    directed[u] = keys[rows[u]]
+                normalise(directed, directed)
+                chains(directed, own, queries[i], scores)
+            else:
+                chains(keys, rows, queries[i], scores)
+            for u in range(first, min(first + TOGETHER, counts[i])):
+                if scores[u - first] >= best[i, 0]:
+                    offer(scores[u - first], places[i, u], best[i], best_places[i])

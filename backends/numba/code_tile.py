@@ -1,8 +1,8 @@
 """The register tile over codes: bounds on the scores of a few keys and a few queries.
 
-The shape of the loop is that of tile.py; a step takes four components at once. On AVX2 it is a multiplication of
-unsigned by signed bytes that adds pairs to 16 bits (127·63·2 fits), one by ones that adds pairs to 32, and an addition;
-with AVX-512 VNNI all that is one instruction.
+The shape of the loop is that of tile.py, but a step takes TOGETHER words of four components. With AVX-512 VNNI that is
+one instruction. On AVX2 two words are multiplied, unsigned by signed bytes, pairs added to 16 bits (127·63·2 fits, even
+twice); the two are added there, and then one multiplication by ones adds pairs to 32 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba import config, types
 from numba.extending import intrinsic
 
 from . import machine
-from .codes import PACKED
+from .codes import PACKED, TOGETHER
 from .tile import FILLED, Sums, Tile, word
 from .vectors import SHORT, Vectors, index
 
@@ -50,7 +50,9 @@ def make_code_tile(panels: int, queries: int) -> Callable[..., int]:
 
 
 class CodeTile(Tile):
-    """Writes the code of one tile."""
+    """Writes the code of one tile; its loop runs over words."""
+
+    stride = TOGETHER
 
     def __init__(self, context: Any, builder: ir.IRBuilder, signature: Any, args: Any, shape: tuple[int, int]):
         def data(i: int) -> Any:
@@ -71,24 +73,31 @@ class CodeTile(Tile):
 
     def step(self, c: Any, before: Sums) -> Sums:
         b, words = self.builder, self.words
-        row, spot = b.mul(c, index(self.lanes)), b.mul(c, index(self.queries))
-        keys = {(p, r): words.load(words.at(self.keys_at[p], row, index(r * words.width))) for p, r in self.places()}
+        rows = [b.mul(b.add(c, index(t)), index(self.lanes)) for t in range(TOGETHER)]
+        spots = [b.mul(b.add(c, index(t)), index(self.queries)) for t in range(TOGETHER)]
+        keys = {
+            (p, r): [words.load(words.at(self.keys_at[p], row, index(r * words.width))) for row in rows]
+            for p, r in self.places()
+        }
         after = {}
         for j in range(self.queries):
-            query = words.spread(b.load(words.at(self.query_at, spot, index(j))))
+            query = [words.spread(b.load(words.at(self.query_at, spot, index(j)))) for spot in spots]
             for place, key in keys.items():
                 after[*place, j] = self.add_products(key, query, before[*place, j])
         return after
 
-    def add_products(self, key: Any, query: Any, total: Any) -> Any:
-        """total + Σ key·query over the four bytes of every word."""
+    def add_products(self, key: list[Any], query: list[Any], total: Any) -> Any:
+        """total + Σ key·query over the four bytes of every word of a step."""
         b, words, width = self.builder, self.words, self.words.width
         if machine.dots():
-            return self.call("llvm.x86.avx512.vpdpbusd.512", words.type, total, key, query)
+            return self.call("llvm.x86.avx512.vpdpbusd.512", words.type, total, key[0], query[0])
         quarters, halves = ir.VectorType(BYTE, 4 * width), ir.VectorType(HALF, 2 * width)
-        pairs = self.call("llvm.x86.avx2.pmadd.ub.sw", halves, b.bitcast(key, quarters), b.bitcast(query, quarters))
+        first, second = (
+            self.call("llvm.x86.avx2.pmadd.ub.sw", halves, b.bitcast(k, quarters), b.bitcast(q, quarters))
+            for k, q in zip(key, query, strict=True)
+        )
         ones = ir.Constant(halves, [1] * 2 * width)
-        return b.add(total, self.call("llvm.x86.avx2.pmadd.wd", words.type, pairs, ones))
+        return b.add(total, self.call("llvm.x86.avx2.pmadd.wd", words.type, b.add(first, second), ones))
 
     def call(self, name: str, result: ir.Type, *args: Any) -> Any:
         module = self.builder.module

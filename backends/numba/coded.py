@@ -9,7 +9,7 @@ import numpy as np
 from . import machine
 from .certify import HELPLESS, narrow, panels_a_tile, sample, settle
 from .code_tile import FEW, MANY, ONE
-from .codes import PACKED, encode_keys, encode_queries
+from .codes import PACKED, centre_of, encode_keys, encode_queries, words_for
 from .heap import order
 from .panels import aligned
 from .retrieval import search_rows
@@ -20,6 +20,7 @@ from .threads import in_parallel
 from .tile import lanes
 from .unit import unit
 
+ROOM = 2048  # for candidates: scoring more of them in full costs as much as scoring all keys
 TIRED = 256  # searches for which panels take over, after one that the codes could not help
 
 
@@ -42,18 +43,11 @@ class Codes:
 
     def __init__(self, heads: int, d: int, space: str):
         self.d, self.space = d, space
-        self.heads = [self._empty(0) for _ in range(heads)]
+        self.heads = [empty_codes(0, d) for _ in range(heads)]
+        self.centres = np.zeros((heads, d), np.float64)
+        self.due = 1  # keys from which on the centre is taken anew
         self.tired = 0
         self.panels: Panels | None = None
-
-    def _empty(self, slots: int) -> tuple[np.ndarray, ...]:
-        wide = lanes(np.float32)
-        count = -(-slots // (wide * ONE[0])) * ONE[0]
-        words = -(-self.d // PACKED)
-        return (
-            aligned((count, words, wide * PACKED), np.uint8),
-            *(aligned((count, wide), np.float32) for _ in range(3)),
-        )
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +58,7 @@ class Codes:
         """Make room for slots below `slots`."""
         for h, head in enumerate(self.heads):
             if head[1].size < slots:
-                self.heads[h] = self._empty(slots)
+                self.heads[h] = empty_codes(slots, self.d)
                 for larger, array in zip(self.heads[h], head, strict=True):
                     larger[: array.shape[0]] = array
         if self.panels is not None:
@@ -76,11 +70,22 @@ class Codes:
             self.panels.write(keys, None, slot)
         if self.space == "cosine":
             keys = unit(keys)
-        for head, some in zip(self.heads, keys, strict=True):
-            encode_keys(some, slot, *head)
+        slots = np.arange(slot, slot + keys.shape[1])
+        for h, (head, some) in enumerate(zip(self.heads, keys, strict=True)):
+            encode_keys(some, slots, self.centres[h], *head)
+        self.due -= keys.shape[1]
 
     def settle_down(self, keys: np.ndarray) -> None:
-        """Make or drop the panels over keys (heads, stored, d), as the searches so far suggest."""
+        """Code keys (heads, stored, d) around their mean, once in a turnover; make or drop panels over them, as the
+
+        searches so far suggest.
+        """
+        if self.due <= 0:
+            self.due = keys.shape[1]
+            for h, some in enumerate(keys):
+                some = unit(some) if self.space == "cosine" else some
+                self.centres[h] = centre_of(some)
+                encode_keys(some, np.arange(len(some)), self.centres[h], *self.heads[h])
         if self.tired == 0:
             self.panels = None
         elif self.panels is None:
@@ -124,7 +129,7 @@ class Codes:
         asked, bounds = encoded(queries)
         scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
         lows, nowhere = scores.copy(), np.zeros_like(ages)
-        room = min(4 * k + 512, stored)
+        room = min(4 * k + ROOM, stored)
         places, highs = np.empty((q, room), np.int64), np.empty((q, room), np.float32)
         counts = np.where(bounds[:q] == np.inf, HELPLESS, 0)
         span = panels_a_tile(asked[0].shape[2] // PACKED) * coded[1].shape[1]
@@ -144,6 +149,14 @@ class Codes:
         if helpless.size:
             scores[helpless], ages[helpless] = search_rows(queries[helpless], keys, k, self.space, NOTHING, start)
         return scores, ages, helpless.size
+
+
+def empty_codes(slots: int, d: int) -> tuple[np.ndarray, ...]:
+    """Room for the codes of so many keys: codes (panels, words, lanes x 4), scale, error and size (panels, lanes)."""
+    wide = lanes(np.float32)
+    count = -(-slots // (wide * ONE[0])) * ONE[0]
+    codes = aligned((count, words_for(d), wide * PACKED), np.uint8)
+    return codes, *(aligned((count, wide), np.float32) for _ in range(3))
 
 
 def rescore(
@@ -168,7 +181,7 @@ def encoded(queries: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     q, d = queries.shape
     size = next((size for _, size in (ONE, FEW) if q <= size), MANY[1])
     groups = -(-q // size)
-    words = np.zeros((groups, -(-d // PACKED), size * PACKED), np.int8)
+    words = np.zeros((groups, words_for(d), size * PACKED), np.int8)
     sums, (reach, slip) = np.zeros(groups * size, np.int32), np.ones((2, groups * size), np.float32)
     bounds = np.full(groups * size, np.inf, np.float32)
     encode_queries(queries, size, words, sums, reach, slip)

@@ -8,7 +8,8 @@ import numpy as np
 
 from .flat import flatten
 from .panels import empty_panels, place
-from .search import NO_SCALES, NOTHING, Search, query_blocks
+from .scan import NO_SCALES
+from .search import NOTHING, Search, query_blocks
 from .threads import in_parallel
 from .unit import unit
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from . import machine
 from .panels import aligned, empty_panels, place
-from .search import NO_SCALES, Search, query_blocks
+from .scan import NO_SCALES
+from .search import Search, query_blocks
 from .threads import in_parallel
 from .unit import unit
 

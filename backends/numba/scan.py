@@ -10,18 +10,12 @@ import numpy as np
 from numba import njit
 
 from .heap import offer
-from .tile import FEW, MANY, ONE, highest_bit, make_tile
+from .tile import FEW, MANY, ONE, highest_bit, make_tile, panel_counts
 
 one, few, many = (make_tile(*shape, l2=False) for shape in (ONE, FEW, MANY))
 one_l2, few_l2, many_l2 = (make_tile(*shape, l2=True) for shape in (ONE, FEW, MANY))
-
-
-@njit(cache=True, nogil=True)
-def panels_a_tile(queries):
-    """How many panels the tile for groups of that many queries takes."""
-    if queries == ONE[1]:
-        return ONE[0]
-    return FEW[0] if queries == FEW[1] else MANY[0]
+NO_SCALES = np.zeros((0, 0), np.float32)  # of keys that have none
+panels_a_tile = panel_counts(ONE, FEW, MANY)
 
 
 @njit(inline="always")
@@ -93,9 +87,9 @@ def sample(panels, scales, stored, step, grouped, maxima, l2):
         for group in range(grouped.shape[0]):
             score(panels, scales, block * wide, grouped, group, bounds, scores, hits, l2)
             for j in range(min(queries, maxima.shape[0] - group * queries)):
-                row = maxima[group * queries + j]
+                i = group * queries + j
                 for lane in range(span):
-                    row[column + lane] = max(row[column + lane], scores[j * span + lane])
+                    maxima[i, column + lane] = max(maxima[i, column + lane], scores[j * span + lane])
         column = (column + span) % maxima.shape[1]
 
 

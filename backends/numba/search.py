@@ -13,7 +13,6 @@ from .tile import FEW, MANY, ONE
 RESIDENT = 1 << 17  # bytes of queries that stay in the second-level cache while all panels pass by
 SAMPLED = 32  # one tile in so many is looked at beforehand
 NOTHING = np.zeros((0, 0), bool)
-NO_SCALES = np.zeros((0, 0), np.float32)
 
 
 class Search:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 
 from . import machine
@@ -38,6 +38,18 @@ def lanes(dtype: Any) -> int:
 ONE = (min(4, 64 // lanes(np.float32)), 1)  # (panels, queries) for a single query: the keys' memory is the limit, ...
 FEW = (2, 3)
 MANY = (2 if machine.registers() == 32 else 1, 6)  # ... for many the arithmetic: as many sums as there are registers
+
+
+def panel_counts(one: tuple[int, int], few: tuple[int, int], many: tuple[int, int]) -> Callable[[int], int]:
+    """The function panels_a_tile(queries): how many panels the tile of these three that takes so many queries takes."""
+
+    @njit(cache=True, nogil=True)
+    def panels_a_tile(queries):
+        if queries == one[1]:
+            return one[0]
+        return few[0] if queries == few[1] else many[0]
+
+    return panels_a_tile
 
 
 def make_tile(panels: int, queries: int, l2: bool) -> Callable[..., int]:
@@ -65,6 +77,8 @@ def make_tile(panels: int, queries: int, l2: bool) -> Callable[..., int]:
 
 class Tile:
     """Writes the code of one tile."""
+
+    stride = 1  # of the loop over d
 
     def __init__(
         self, context: Any, builder: ir.IRBuilder, signature: Any, args: Any, shape: tuple[int, int], l2: bool
@@ -144,7 +158,7 @@ class Tile:
         b.position_at_end(body)
         c, before = b.phi(INDEX), {(p, r, j): b.phi(first[j].type) for p, r, j in self.sums()}
         after = self.step(c, before)
-        following = b.add(c, index(1))
+        following = b.add(c, index(self.stride))
         b.cbranch(b.icmp_signed("<", following, self.d), body, done)
         c.add_incoming(index(0), start)
         c.add_incoming(following, body)

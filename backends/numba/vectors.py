@@ -6,11 +6,13 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core.cgutils import for_range
 from numba.extending import intrinsic
 
 from . import machine
 
 INDEX, SHORT, BIT = ir.IntType(64), ir.IntType(32), ir.IntType(1)
+LINE = 16  # float32 numbers of a cache line
 
 
 class Vectors:
@@ -83,12 +85,26 @@ def plain_highest_bit(word):
 
 
 @intrinsic
-def compiled_fma(typing, a, b, c):
-    def generate(context, builder, signature, args):
-        name = "llvm.fma.f32" if machine.fuses() else "llvm.fmuladd.f32"
-        number = ir.FloatType()
-        function = builder.module.globals.get(name)
-        function = function or ir.Function(builder.module, ir.FunctionType(number, [number] * 3), name)
-        return builder.call(function, args)
+def compiled_prefetch(typing, table, row):
+    """Ask for a row of a contiguous table of float32, so that it is there when it is read."""
 
-    return types.float32(types.float32, types.float32, types.float32), generate
+    def generate(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        width = builder.extract_value(array.shape, 1)
+        first = builder.gep(array.data, [builder.mul(args[1], width)])
+        byte = ir.IntType(8).as_pointer()
+        module, name = builder.module, "llvm.prefetch.p0"
+        kind = ir.FunctionType(ir.VoidType(), [byte, SHORT, SHORT, SHORT])
+        function = module.globals.get(name) or ir.Function(module, kind, name)
+        lines = builder.udiv(builder.add(width, index(LINE - 1)), index(LINE))
+        with for_range(builder, lines) as loop:
+            line = builder.gep(first, [builder.mul(loop.index, index(LINE))])
+            how = [ir.Constant(SHORT, number) for number in (0, 3, 1)]  # to read, to keep near, data
+            builder.call(function, [builder.bitcast(line, byte), *how])
+        return context.get_dummy_value()
+
+    return types.void(table, types.int64), generate
+
+
+def plain_prefetch(table, row):
+    """Nothing to be asked for."""

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import numpy as np
 
 from ..storage import RAW
-from .auto import AutoIndex, Costs
+from .auto import AutoIndex
+from .bucketed import BucketedIndex
+from .costs import Costs
 from .exact import ExactIndex
 from .hnsw import HNSWIndex
 from .ivf import IVFIndex
@@ -17,7 +19,15 @@ from .protocol import Index
 
 
 def make_index(
-    name: str, heads: int, dim: int, space: str, dtype: str, capacity: int, target: float, seed: int
+    name: str,
+    heads: int,
+    dim: int,
+    space: str,
+    dtype: str,
+    capacity: int,
+    target: float,
+    seed: int,
+    costs: Costs | None = None,
 ) -> Index:
     """An empty index of the kind `name`, for a row of that size.
 
@@ -32,8 +42,10 @@ def make_index(
         "ivf": functools.partial(IVFIndex, heads, dim, space, raw, target, seed),
         "hnsw": functools.partial(HNSWIndex, heads, dim, space, capacity, target, seed),
     }
+    if name == "bucketed":
+        return BucketedIndex(space)
     if name != "auto":
         return makers[name]()
     if importlib.util.find_spec("hnswlib") is None:
         del makers["hnsw"]
-    return AutoIndex(makers, Costs())
+    return AutoIndex(makers, target, costs)

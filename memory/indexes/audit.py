@@ -12,8 +12,8 @@ from .protocol import Ring
 
 ALTERED = "Pass an unaltered state_dict."
 EVERY = 16  # searches from one audit to the next, after the first few
-ASKED = 16  # queries of a search that are audited, a head
-MEMORY = 0.75  # weight of the audits so far
+ASKED = 32  # queries of a search that are audited, a head
+MEMORY = 0.75  # weight of the audits so far when so many are
 
 
 class Audit:
@@ -30,8 +30,8 @@ class Audit:
 
     def observe(self, found: np.ndarray, exact: np.ndarray) -> None:
         """Take in what an audit found: positions (heads, q, k) by the index, and by exact search."""
-        recall = overlap(found, exact)
-        self.recall = recall if self.audits == 0 else MEMORY * self.recall + (1 - MEMORY) * recall
+        recall, weight = overlap(found, exact), 0.0 if self.audits == 0 else weight_of_past(found.shape[1])
+        self.recall = weight * self.recall + (1 - weight) * recall
         self.audits += 1
 
     def warn(self, index: str, remedy: str) -> None:
@@ -60,6 +60,11 @@ class Audit:
             raise ArgumentError("state", "the four numbers of an audit", repr(state), ALTERED)
         self.recall, self.searches = float(state[0]), int(state[1])
         self.audits, self.warned = int(state[2]), bool(state[3])
+
+
+def weight_of_past(queries: int) -> float:
+    """What the audits so far count beside one of so many queries: a single query is little evidence."""
+    return MEMORY ** (queries / ASKED)
 
 
 def audited(queries: int) -> np.ndarray:

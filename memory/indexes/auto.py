@@ -1,8 +1,7 @@
 """Which index? The one whose step costs least, by what the memory is used for: its size, its reads and its writes.
 
-A step is one write of w tokens and one search of q queries among n keys of d components. Costs are counted in
-multiply-adds of exact search, so that only the ratios in `Costs` depend on the machine; they are estimates, in line
-with benchmarks/retrieval.py on one machine, and not measured anew on each.
+A step is one write of w tokens and one search of q queries among n keys of d components. What its parts cost is
+measured on the machine, or given (costs.py); what is counted here is how many there are.
 """
 
 from __future__ import annotations
@@ -10,38 +9,28 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...backends.errors import ArgumentError
+from . import ivf
 from .audit import ALTERED
+from .costs import WALK, Costs, machine_costs
 from .hnsw import PARTS
 from .protocol import Index, Ring
 
 MEMORY = 0.9  # weight of the past in what a step is taken to be
 EVERY = 32  # searches from one choice to the next
 BETTER = 0.7  # another index must promise this share of the present one's cost: to change is to build anew
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What the parts of a step cost, in multiply-adds of exact search of many queries."""
-
-    few: float = 3.0  # factor on exact search of one query, which waits for the memory
-    lists: float = 3.0  # factor on a key that is searched in a list
-    probed: float = 0.12  # share of the lists that a target recall of 0.95 takes
-    trained: float = 4600.0  # a token's share in training, in keys compared
-    walked: float = 90.0  # factor on a key that a walk through a graph compares
-    built: float = 41000.0  # a token's share in building a graph, in keys compared
+LEAST = 4096  # keys below which exact search is the cheapest, whatever things cost
 
 
 class AutoIndex:
     """Holds one of the others, and reconsiders after every EVERY searches."""
 
-    def __init__(self, make: dict[str, Callable[[], Index]], costs: Costs):
-        self.make, self.costs, self.name = make, costs, "exact"
+    def __init__(self, make: dict[str, Callable[[], Index]], target: float, costs: Costs | None):
+        self.make, self.target, self.costs, self.name = make, target, costs, "exact"
         self.index: Any = make["exact"]()
         self.queries = self.written = 0.0  # a step's, on average
         self.searches = self.seen = 0
@@ -49,7 +38,7 @@ class AutoIndex:
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restored, (self.make, self.costs, self.state())
+        return restored, (self.make, self.target, self.costs, self.state())
 
     @property
     def nbytes(self) -> int:
@@ -84,32 +73,53 @@ class AutoIndex:
         return index.search(row, queries, k)
 
     def choose(self, n: int, d: int) -> None:
-        self.estimates = estimate(n, d, self.queries, self.written, self.costs)
-        self.estimates = {name: cost for name, cost in self.estimates.items() if name in self.make}
+        """Change to the cheapest index, if it is much cheaper; a graph that missed its recall is not asked again."""
+        if self.costs is None and n >= LEAST:
+            self.costs = machine_costs()
+        if self.costs is None:
+            return
+        if self.name == "hnsw" and self.index.audit.warned:
+            self.make = {name: maker for name, maker in self.make.items() if name != "hnsw"}
+        probed = self.index.probed if self.name == "ivf" else None
+        every = estimate(n, d, self.queries, self.written, self.target, self.costs, probed)
+        self.estimates = {name: cost for name, cost in every.items() if name in self.make}
         cheapest = min(self.estimates, key=self.estimates.__getitem__)
-        if cheapest != self.name and self.estimates[cheapest] < BETTER * self.estimates[self.name]:
+        if self.name not in self.estimates or self.estimates[cheapest] < BETTER * self.estimates[self.name]:
             self.name, self.index = cheapest, self.make[cheapest]()
 
     def explain(self) -> str:
-        costs = ", ".join(f"{name} {cost / 1e6:.3g}" for name, cost in self.estimates.items()) or "not yet compared"
         step = f"{self.queries:.0f} queries and {self.written:.0f} tokens a step"
-        return f"auto: {self.name} ({self.index.explain()}), for {step}; million multiply-adds a head: {costs}"
+        if self.costs is None:
+            why = f"below {LEAST} keys nothing else is cheaper"
+        else:
+            costs = ", ".join(f"{name} {cost:.3g}" for name, cost in self.estimates.items()) or "not yet compared"
+            why = f"estimated ms a head: {costs}; costs {self.costs.source}"
+        return f"auto: {self.name} ({self.index.explain()}), for {step}; {why}"
 
 
-def estimate(n: int, d: int, queries: float, written: float, costs: Costs) -> dict[str, float]:
-    """The cost of a step with each index, in multiply-adds."""
+def estimate(
+    n: int, d: int, queries: float, written: float, target: float, costs: Costs, probed: float | None = None
+) -> dict[str, float]:
+    """Milliseconds of a step with each index; `probed` is the share of the lists that is searched, where known."""
     waiting = 1 + (costs.few - 1) / max(queries, 1)
     lists = math.sqrt(max(n, 1))
-    walk = 64 * math.log2(n / PARTS + 2)  # keys compared in one graph, at beam 64
-    return {
-        "exact": queries * n * d * waiting,
-        "ivf": queries * d * (lists + costs.lists * costs.probed * n * waiting) + written * d * (costs.trained + lists),
-        "hnsw": queries * d * PARTS * walk * costs.walked + written * d * costs.built,
+    if probed is None:  # what is missed falls about exponentially with what is searched
+        probed = min(costs.probed * math.log(max(1 - target, 1e-9)) / math.log(0.05), 1.0)
+    walk = WALK * math.log2(n / PARTS + 2)  # keys compared in one graph
+    counts = {
+        "exact": queries * n * waiting,
+        "ivf": queries * (lists + costs.lists * probed * n * waiting) + written * (costs.trained * lists + lists),
+        "hnsw": queries * PARTS * walk * costs.walked + written * costs.built * math.log2(n / PARTS + 2),
     }
+    if target == 1:
+        del counts["ivf"], counts["hnsw"]  # which promise less
+    elif n < ivf.FIRST:
+        counts["ivf"] = counts["exact"]  # what it is, up to there
+    return {name: 1e-6 * costs.scanned * d * count for name, count in counts.items()}
 
 
-def restored(make: dict[str, Callable[[], Index]], costs: Costs, state: dict[str, np.ndarray]) -> AutoIndex:
+def restored(make: dict[str, Callable[[], Index]], target: float, costs: Any, state: dict[str, Any]) -> AutoIndex:
     """A copy of an index, for the copy of its row."""
-    made = AutoIndex(make, costs)
+    made = AutoIndex(make, target, costs)
     made.restore(state)
     return made

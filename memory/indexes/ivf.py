@@ -15,12 +15,12 @@ import numpy as np
 from ...backends.errors import ArgumentError
 from ...backends.registry import current_backend, load
 from ...core.retrieval import retrieve, unit
-from .audit import ALTERED, MEMORY, Audit, audited, exact_positions
+from .audit import ALTERED, Audit, audited, weight_of_past
 from .centroids import nearest, train
 from .exact import ExactIndex, written_since
 from .protocol import Ring
 
-MARGIN = 0.8  # the target's weight against 1 in what is aimed at: an audit is a sample
+MARGIN = 0.85  # the target's weight against 1 in what is aimed at: an audit is a sample
 FIRST = 4096  # keys from which lists are worth their while; fewer are searched exactly
 
 
@@ -92,23 +92,34 @@ class IVFIndex:
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         with self.lock:
             self.follow(row)
-            exact, lists = self.exact, self.lists
+            exact = self.exact
         if exact is not None:
             return exact.search(row, queries, k)
         asked = unit(queries) if self.space == "cosine" else queries
         best = self.best_lists(asked)  # (heads, q, probes)
-        if lists is None:
-            scores, positions = self.by_formula(row, asked, k, best)
-        else:
-            scores, positions = type(lists[0]).search_all(lists, asked, k, best, row.oldest)
+        scores, positions = self.search_lists(row, asked, k, best)
         self.complete(row, queries, scores, positions)
         if self.audit.due() and queries.shape[1]:
             some = audited(queries.shape[1])
-            true = exact_positions(row, queries[:, some], k, self.space)
+            everywhere = np.broadcast_to(np.arange(self.centroids.shape[1]), (self.heads, some.size, len(self.ranks)))
+            _, true = self.search_lists(row, asked[:, some], k, everywhere)
             with self.lock:
                 self.audit.observe(positions[:, some], true)
                 self.tune(row, asked[:, some], true)
         return scores, positions
+
+    @property
+    def probed(self) -> float | None:
+        """Share of the lists that a search visits, once audits have measured it."""
+        return self.probes / self.centroids.shape[1] if self.audit.audits else None
+
+    def search_lists(self, row: Ring, queries: np.ndarray, k: int, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions (heads, q, k) of the best keys of the lists best (heads, q, probes)."""
+        lists = self.lists
+        if lists is None:
+            return self.by_formula(row, queries, k, best)
+        keys, _ = row.part("keys", (slice(None), slice(0, row.stored)))
+        return load(current_backend()).search_lists(lists, queries, k, best, keys, row.start, row.oldest)
 
     def list_scores(self, queries: np.ndarray) -> np.ndarray:
         """How well the lists' centroids suit queries (heads, q, dim): (heads, q, lists), the larger the better."""
@@ -121,11 +132,8 @@ class IVFIndex:
         """The `probes` best lists of queries (heads, q, dim), the best first: (heads, q, probes)."""
         scores = self.list_scores(queries)
         best = np.argpartition(-scores, self.probes - 1, axis=-1)[..., : self.probes]
-        top = np.take_along_axis(scores, best, axis=-1).argmax(axis=-1)[..., None]
-        first = np.take_along_axis(best, top, axis=-1)
-        np.put_along_axis(best, top, best[..., :1].copy(), axis=-1)
-        best[..., :1] = first
-        return best
+        order = np.argsort(-np.take_along_axis(scores, best, axis=-1), axis=-1)
+        return np.take_along_axis(best, order, axis=-1)
 
     def by_formula(self, row: Ring, queries: np.ndarray, k: int, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the lists are to find: the best of the keys whose list is probed."""
@@ -158,7 +166,7 @@ class IVFIndex:
         slots = np.where(found, exact % row.capacity, 0)
         labels = np.take_along_axis(self.labels[:, None, :], slots.reshape(self.heads, 1, -1), axis=-1)
         needed = np.take_along_axis(ranks, labels.reshape(exact.shape).astype(np.int64), axis=-1)[found]
-        self.ranks = MEMORY * self.ranks + np.bincount(needed, minlength=len(self.ranks))
+        self.ranks = weight_of_past(exact.shape[1]) * self.ranks + np.bincount(needed, minlength=len(self.ranks))
         share = np.cumsum(self.ranks) / max(self.ranks.sum(), 1e-9)
         self.probes = int(np.searchsorted(share, MARGIN * self.audit.target + 1 - MARGIN)) + 1
         self.probes = min(self.probes, len(self.ranks))
@@ -174,7 +182,7 @@ class IVFIndex:
 
     def follow(self, row: Ring) -> None:
         """Put the keys that came since into lists, and take out those that left; train where it is due."""
-        make = getattr(load(current_backend()), "Lists", None)
+        make = getattr(load(current_backend()), "make_lists", None)
         if self.centroids is None and row.stored < FIRST:
             return
         since = row.written - self.trained_at
@@ -218,8 +226,8 @@ class IVFIndex:
 
     def rebuild(self, row: Ring, make: Any) -> None:
         """The lists over all that is stored, oldest first."""
-        keys = row.numbers("keys", (slice(None), slice(0, 1)))
-        self.lists = [make(self.centroids.shape[1], keys.shape[2], self.scored, keys.dtype) for _ in range(self.heads)]
+        _, count, dim = self.centroids.shape
+        self.lists = [make(count, dim, self.space, self.given[3]) for _ in range(self.heads)]
         self.append(row, row.oldest, written_since(row, row.oldest))
 
     def append(self, row: Ring, position: int, ranges: list[slice]) -> None:
