@@ -143,7 +143,7 @@ def test_files_of_every_kind_and_version_open(path):
     held, memory = safetensors.numpy.load_file(path), perdure.load(path)
     found = memory.state_dict()
     assert type(memory).__name__ == path.name.partition("-")[0]
-    assert all(np.array_equal(held[name], found[name]) for name in held.keys() - {"config"})
+    assert all(np.array_equal(held[name], found[name]) for name in held if not name.endswith("config"))
     assert all(np.isfinite(answer).all() for answer in lived(memory, 4))
 
 
