@@ -13,7 +13,7 @@ from torch import nn
 
 from ...backends.errors import ArgumentError
 from ...core import checks
-from ...core.attention import Reading, attention, gate, merge
+from ...core.attention import Reading, gate, masked_softmax, merge
 from ...core.relative import biased_attention, buckets, rotate
 from ...core.segments import numbers, slide, visible
 from ...memory.knn import KNNMemory
@@ -258,9 +258,11 @@ class MemorizingAttention(SegmentedAttention):
 
     def _read(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, found: torch.Tensor) -> Reading:
         """Attention of (already scaled) queries over what each retrieved."""
-        allowed = None if self.nothing == "zeros" else found[..., None, :]
-        output, lse = attention(queries[..., None, :], keys, values, None, 1.0, allowed, 0)
-        return Reading(output[..., 0, :], lse[..., 0])
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        keys, values = keys.to(wide), values.to(wide)  # zeros where nothing was found, so nothing need be blanked
+        scores = (queries.to(wide)[..., None, :] @ keys.mT)[..., 0, :]  # (rows, heads, n, k)
+        weights, lse = masked_softmax(scores, torch.ones_like(found) if self.nothing == "zeros" else found)
+        return Reading((weights[..., None, :] @ values)[..., 0, :].to(queries.dtype), lse)
 
     def _mixed(
         self,
