@@ -32,8 +32,8 @@ from perdure.bindings.torch import MemorizingAttention, MemoryTransformer, Trans
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = {
-    "vocabulary": 1024, "dim": 96, "heads": 4, "segment": 128, "rows": 8, "steps": 300, "tune": 50, "rate": 3e-3,
-    "capacity": 4096, "test": 16_384, "documents": 4, "memories": [0, 512, 1536, 4096, 16_384],
+    "vocabulary": 1024, "dim": 96, "heads": 4, "segment": 128, "rows": 8, "steps": 400, "tune": 60, "rate": 3e-3,
+    "capacity": 4096, "test": 16_384, "documents": 3, "memories": [0, 512, 1536, 4096, 16_384],
 }  # fmt: skip
 FULL = {
     "vocabulary": 8192, "dim": 512, "heads": 8, "segment": 512, "rows": 8, "steps": 50_000, "tune": 2_000, "rate": 3e-4,
