@@ -32,7 +32,7 @@ from perdure.bindings.torch import MemorizingAttention, MemoryTransformer, Trans
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = {
-    "vocabulary": 1024, "dim": 96, "heads": 4, "segment": 128, "rows": 8, "steps": 400, "tune": 60, "rate": 3e-3,
+    "vocabulary": 1024, "dim": 96, "heads": 4, "segment": 128, "rows": 8, "steps": 300, "tune": 50, "rate": 3e-3,
     "capacity": 4096, "test": 16_384, "documents": 3, "memories": [0, 512, 1536, 4096, 16_384],
 }  # fmt: skip
 FULL = {
@@ -148,7 +148,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.plot([row["memory"] for row in own], [row["perplexity"] for row in own], "o-", label=name)
     axis.set_xscale("symlog", linthresh=512)
     axis.set(xlabel="tokens of memory", ylabel="perplexity a token")
-    axis.legend(fontsize=8)
+    if any(row["memory"] is not None for row in rows):
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -168,11 +169,17 @@ def main() -> None:
     corpus = Corpus(options.corpus, options.suffix, options.least, setting["documents"], setting["vocabulary"])
 
     def keep(name: str, memory: int | None, model: MemoryTransformer, begin: float) -> None:
-        whole, last = test(model, corpus, setting, device)
-        row = {"model": name, "memory": memory, "perplexity": round(whole, 3), "last quarter": round(last, 3)}
+        every, last = test(model, corpus, setting, device)
+        row = {"model": name, "memory": memory, "perplexity": round(every, 3), "last quarter": round(last, 3)}
         rows.append(row | {"seconds": round(time.perf_counter() - begin, 1)})
         print(rows[-1], flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"language-{options.name}{'-full' if options.full else ''}.json"
+        path.write_text(json.dumps(whole | {"rows": rows}, indent=1) + "\n", "utf-8")
+        draw(rows, path.with_suffix(".png"))
 
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}"
+    whole = {"machine": machine, "torch": torch.__version__, "seed": 0, "corpus": options.name, "setting": setting}
     begin = time.perf_counter()
     alone = build(setting, False, 0, device)
     train(alone, corpus, setting["steps"], setting, device)
@@ -186,17 +193,11 @@ def main() -> None:
     train(trained, corpus, setting["steps"], setting, device)
     tuned = with_memory(windowed, setting, setting["capacity"], device)
     train(tuned, corpus, setting["tune"], setting, device)
+    whole["gates"] = {"trained": gates(trained), "tuned": gates(tuned)}
     for name, model in (("trained with memory", trained), ("trained without, tuned with memory", tuned)):
         for memory in setting["memories"]:
             keep(name, memory, with_memory(model, setting, memory, device), begin)
             begin = time.perf_counter()
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}"
-    whole = {"machine": machine, "torch": torch.__version__, "seed": 0, "corpus": options.name, "setting": setting}
-    whole["gates"] = {"trained": gates(trained), "tuned": gates(tuned)}
-    RESULTS.mkdir(exist_ok=True)
-    name = f"language-{options.name}{'-full' if options.full else ''}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(whole | {"rows": rows}, indent=1) + "\n", "utf-8")
-    draw(rows, RESULTS / f"{name}.png")
 
 
 def gates(model: MemoryTransformer) -> dict[str, list[float]]:
