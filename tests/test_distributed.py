@@ -99,7 +99,7 @@ class Passages(torch.utils.data.Dataset):
         return self.x[i], torch.from_numpy(near.positions[0, 0])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_workers_of_a_data_loader_search_and_feed_layers(workers):
     rng = np.random.default_rng(0)
     memory = KNNMemory(rows=1, heads=1, dim=16, capacity=100)
