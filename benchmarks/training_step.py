@@ -10,12 +10,17 @@ all alike; shown are the best times, what a memory adds to the step without one,
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from perdure.bindings.torch import KNNState, MemorizingAttention, MemoryTransformer, TransformerXLAttention
 from torch import nn
+
+RESULTS = Path(__file__).parent / "results"
 
 
 class PlainMemory:
@@ -120,6 +125,11 @@ def main() -> None:
         print(f"{kind:8} {1000 * best[kind]:8.0f} ms a step  {100 * added:+6.0f} %")
     parts = [best[kind] - best["without"] for kind in ("plain", "perdure")]
     print(f"the plain memory adds {parts[0] / parts[1]:.1f} times what perdure's adds")
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    setting = dict(vars(options))
+    kept = {"machine": machine, "setting": setting, "best ms": {kind: round(1000 * best[kind]) for kind in kinds}}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "training_step.json").write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
