@@ -1,11 +1,14 @@
 """Sort the tokens of a long sequence by how often they came: which memories still know, as sequences grow.
 
 The task of the ∞-former (Martins et al. 2022, section 4.1), with the generator of its authors: token j of L is drawn
-from (1 - r) p0 + r p1, r = (j + 1)/L, over 20 tokens, so that what is frequent changes on the way; the answer lists
-the tokens by falling count. Every model reads the sequence segment by segment and learns on the answer alone, from the
-same sequences in the same order.
+from (1 - r) p0 + r p1, r = (j + 1)/L, so that what is frequent changes on the way; the answer lists the tokens by
+falling count. Every model reads the sequence segment by segment and learns on the answer alone, from the same
+sequences in the same order. A length counts the sequence, the separator and the answer, which end a segment together.
 
-    nox -s bench -- sorting                      # quick: two cores, minutes
+The full setting trains a model for each length, as the paper does. The quick one has half the tokens to sort, and
+leads one model from short sequences to long ones, testing it at each length.
+
+    nox -s bench -- sorting                      # quick: one core, minutes
     nox -s bench -- sorting --full --device=cuda # the paper's sizes
 """
 
@@ -14,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,44 +31,47 @@ from perdure.bindings.torch import (
     TransformerXLAttention,
 )
 
-TOKENS = 20
-SEPARATOR = TOKENS
+RESULTS = Path(__file__).parent / "results"
 QUICK = {
-    "lengths": [128, 256, 512], "dim": 48, "heads": 4, "layers": 2, "segment": 64, "window": 64, "basis": 64,
-    "batch": 16, "steps": 400, "rate": 3e-3, "test": 64,
+    "tokens": 10, "dim": 48, "heads": 2, "layers": 2, "segment": 64, "window": 64, "basis": 64, "batch": 16,
+    "rate": 3e-3, "test": 64,
+    "courses": [[(64, 400), (128, 50), (256, 50), (512, 80), (1024, 24), (2048, 12), (4096, 5)]],
 }  # fmt: skip
 FULL = {
-    "lengths": [4096, 8192, 16384], "dim": 300, "heads": 6, "layers": 3, "segment": 1024, "window": 1024, "basis": 512,
-    "batch": 8, "steps": 20_000, "rate": 2e-4, "test": 800,
+    "tokens": 20, "dim": 300, "heads": 6, "layers": 3, "segment": 1024, "window": 1024, "basis": 512, "batch": 8,
+    "rate": 2e-4, "test": 800, "courses": [[(4096, 20_000)], [(8192, 20_000)], [(16_384, 20_000)]],
 }  # fmt: skip
 
 
-def sequences(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Sequences with their answers, (count, length + 1 + TOKENS)."""
-    p = torch.randint(1, 10, (2, count, TOKENS), generator=generator).double()
+def sequences(count: int, length: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """Sequences, their separator and their answer, (count, length)."""
+    length -= tokens + 1
+    p = torch.randint(1, 10, (2, count, tokens), generator=generator).double()
     p /= p.sum(dim=-1, keepdim=True)
     r = (torch.arange(length) + 1) / length
-    mixed = (1 - r)[:, None] * p[0][:, None] + r[:, None] * p[1][:, None]  # (count, length, TOKENS)
-    tokens = torch.multinomial(mixed.flatten(0, 1), 1, generator=generator).view(count, length)
-    counts = torch.nn.functional.one_hot(tokens, TOKENS).sum(dim=1)
-    first = torch.full((count, TOKENS), length).scatter_reduce(
-        1, tokens, torch.arange(length).expand(count, -1), "amin"
-    )  # ties in the order of first occurrence; tokens that never came follow, ascending
-    order = (counts * (length + TOKENS + 1) - torch.minimum(first, length + torch.arange(TOKENS))).argsort(
-        dim=1, descending=True, stable=True
-    )
-    return torch.cat([tokens, torch.full((count, 1), SEPARATOR), order], dim=1)
+    mixed = (1 - r)[:, None] * p[0][:, None] + r[:, None] * p[1][:, None]  # (count, length, tokens)
+    drawn = torch.multinomial(mixed.flatten(0, 1), 1, generator=generator).view(count, length)
+    return torch.cat([drawn, torch.full((count, 1), tokens), by_count(drawn, tokens)], dim=1)
+
+
+def by_count(drawn: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The tokens by falling count; ties in the order of first occurrence, those that never came last, ascending."""
+    count, length = drawn.shape
+    counts = torch.zeros(count, tokens, dtype=torch.int64).scatter_add(1, drawn, torch.ones_like(drawn))
+    place = torch.arange(length).expand(count, -1)
+    first = torch.full((count, tokens), length).scatter_reduce(1, drawn, place, "amin")
+    rank = counts * (length + tokens + 1) - torch.minimum(first, length + torch.arange(tokens))
+    return rank.argsort(dim=1, descending=True, stable=True)
 
 
 def models(setting: dict[str, Any], length: int) -> dict[str, Callable[[], MemoryTransformer]]:
-    """How each model is built; memories beyond the window hold as much as the window does."""
+    """How each model is built; memories of fixed size take half of Transformer-XL's window."""
     common = {name: setting[name] for name in ("dim", "heads", "segment", "window")}
-    # the signal has half the window's place, so that it and a halved window cost what the window does
     signal = {"basis": setting["basis"], "samples": setting["basis"], "contraction": 0.75}
     half = setting["window"] // 2
 
     def build(*kinds: Callable[[], Any]) -> Callable[[], MemoryTransformer]:
-        return lambda: MemoryTransformer(TOKENS + 1, [kind() for kind in kinds])
+        return lambda: MemoryTransformer(setting["tokens"] + 1, [kind() for kind in kinds])
 
     def xl() -> Any:
         return TransformerXLAttention(**common)
@@ -90,79 +95,112 @@ def models(setting: dict[str, Any], length: int) -> dict[str, Callable[[], Memor
     }
 
 
-def answer(model: MemoryTransformer, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (rows, TOKENS, vocabulary) of the answer, read after the sequence, and what memory's regularisers ask."""
-    read = batch.shape[1] - TOKENS - 1
-    with torch.no_grad():  # no gradient crosses a segment, and the answer lies in the last
-        _, memory = model(batch[:, :read])
+def answer(model: MemoryTransformer, batch: torch.Tensor, setting: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (rows, tokens, vocabulary) of the answer, and what memory's regularisers ask."""
+    memory, read = None, batch.shape[1] - setting["segment"]
+    if read:
+        with torch.no_grad():  # no gradient crosses a segment, and the answer lies in the last
+            _, memory = model(batch[:, :read])
     logits, memory = model(batch[:, read:-1], memory)
     extra = [state.loss for state in memory if getattr(state, "loss", None) is not None]
-    return logits, sum(extra, logits.new_zeros(()))
+    return logits[:, -setting["tokens"] :], sum(extra, logits.new_zeros(()))
 
 
-def train(model: MemoryTransformer, length: int, setting: dict[str, Any], device: str, limit: float) -> dict[str, Any]:
-    """Train on fresh sequences, then test; the share of the answer's tokens that are right."""
+def train(model: MemoryTransformer, course: list[tuple[int, int]], setting: dict[str, Any], device: str) -> Any:
+    """Train from length to length on fresh sequences; after each, yield the test."""
     optimizer = torch.optim.Adam(model.parameters(), lr=setting["rate"])
-    generator = torch.Generator().manual_seed(length)
-    begin, taken, losses = time.perf_counter(), 0, []
-    for step in range(setting["steps"]):
-        if time.perf_counter() - begin > limit:
-            break
-        for group in optimizer.param_groups:  # a short rise, then a straight fall
-            group["lr"] = setting["rate"] * min((step + 1) / 20, 1.05 - step / setting["steps"])
-        batch = sequences(setting["batch"], length, generator).to(device)
-        logits, extra = answer(model, batch)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, -TOKENS:].flatten())
-        optimizer.zero_grad()
-        (loss + extra).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        taken += 1
-    seconds, right = time.perf_counter() - begin, []
-    test = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _ in range(max(setting["test"] // 16, 1)):
-            batch = sequences(16, length, test).to(device)
-            right.append((answer(model, batch)[0].argmax(-1) == batch[:, -TOKENS:]).float().mean().item())
-    recent = losses[-20:]
-    return {
-        "accuracy": sum(right) / len(right),
-        "loss": sum(recent) / len(recent),
-        "steps": taken,
-        "seconds": round(seconds, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    generator, tokens = torch.Generator().manual_seed(0), setting["tokens"]
+    taken, steps = 0, sum(steps for _, steps in course)
+    for length, more in course:
+        begin, losses = time.perf_counter(), []
+        for _ in range(more):
+            for group in optimizer.param_groups:  # a short rise, then a fall
+                group["lr"] = setting["rate"] * min((taken + 1) / 20, (1.05 - taken / steps) ** 0.5)
+            batch = sequences(setting["batch"], length, tokens, generator).to(device)
+            logits, extra = answer(model, batch, setting)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, -tokens:].flatten())
+            optimizer.zero_grad()
+            (loss + extra).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            taken += 1
+        recent = losses[-20:]
+        spent = {"steps": taken, "seconds": round(time.perf_counter() - begin, 1)}
+        yield length, {"accuracy": test(model, length, setting, device), "loss": sum(recent) / len(recent), **spent}
+
+
+@torch.no_grad()
+def test(model: MemoryTransformer, length: int, setting: dict[str, Any], device: str) -> float:
+    """Share of the answers' tokens that are right, each given those before it."""
+    tokens, right, generator = setting["tokens"], [], torch.Generator().manual_seed(1)
+    for _ in range(max(setting["test"] // 16, 1)):
+        batch = sequences(16, length, tokens, generator).to(device)
+        given = answer(model, batch, setting)[0].argmax(-1)
+        right.append((given == batch[:, -tokens:]).float().mean().item())
+    return sum(right) / len(right)
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """The table, one row a model."""
+    lengths = list(dict.fromkeys(length for by_length in results.values() for length in by_length))
+    print(f"{'accuracy':20}" + "".join(f"{n:>8}" for n in lengths))
+    for name, by_length in results.items():
+        print(f"{name:20}" + "".join(f"{by_length[n]['accuracy']:8.3f}" if n in by_length else "" for n in lengths))
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, by_length in results.items():
+        axis.plot(
+            [int(n) for n in by_length],
+            [r["accuracy"] for r in by_length.values()],
+            "o-",
+            label=name,
+        )
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="length of a sequence, tokens", ylabel="answers' tokens that are right")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--only", help="a part of the names of the models to train")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds of training a model and length")
-    parser.add_argument("--output", type=Path, help="where the table and all settings are kept, as JSON")
+    parser.add_argument("--only", help="a part of the names of the models to train; then nothing is kept")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    setting = dict(FULL if options.full else QUICK)
-    setting |= {name: getattr(options, name) for name in ("steps", "lengths") if getattr(options, name)}
+    setting = FULL if options.full else QUICK
+    lengths = [length for course in setting["courses"] for length, _ in course]
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {options.device}"
+    whole = {"machine": machine, "torch": torch.__version__, "seed": options.seed, "setting": setting}
     results: dict[str, dict[str, Any]] = {}
-    for length in setting["lengths"]:
-        for name, build in models(setting, length).items():
+    for course in setting["courses"]:
+        for name, build in models(setting, max(lengths)).items():
             if options.only and options.only not in name:
                 continue
-            torch.manual_seed(0)
-            result = train(build().to(options.device), length, setting, options.device, options.limit)
-            results.setdefault(name, {})[str(length)] = result
-            print(f"{length:6} {name:18} {result}", flush=True)
-            if options.output:
-                machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-                kept = {"setting": setting, "machine": machine, "torch": torch.__version__, "results": results}
-                options.output.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    print(f"{'accuracy':18}" + "".join(f"{n:>8}" for n in setting["lengths"]), file=sys.stderr)
-    for name, by_length in results.items():
-        print(f"{name:18}" + "".join(f"{r['accuracy']:8.3f}" for r in by_length.values()), file=sys.stderr)
+            torch.manual_seed(options.seed)
+            model = build().to(options.device)
+            for length, result in train(model, course, setting, options.device):
+                result["parameters"] = sum(p.numel() for p in model.parameters())
+                results.setdefault(name, {})[str(length)] = result
+                print(f"{length:6} {name:18} {result}", flush=True)
+            if not options.only:
+                keep(whole | {"results": results}, "sorting-full" if options.full else "sorting")
+    show(results)
+
+
+def keep(whole: dict[str, Any], name: str) -> None:
+    """The table and all settings, and the plot, in results/."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    draw(whole["results"], RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

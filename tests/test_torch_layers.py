@@ -32,8 +32,9 @@ def close(a, b, tolerance=1e-12):
         range(SEGMENT, LONG, SEGMENT),
         range(SEGMENT - 1, LONG, SEGMENT - 1),
         (1, 1, 2 * SEGMENT + 1, 2 * SEGMENT + 2, LONG),
+        (SEGMENT, SEGMENT, 2 * SEGMENT, 2 * SEGMENT, 2 * SEGMENT, 3 * SEGMENT, LONG, LONG),
     ],
-    ids=["token by token", "segments", "out of step", "uneven, some empty"],
+    ids=["token by token", "segments", "out of step", "uneven, some empty", "empty at boundaries"],
 )
 def test_how_calls_are_cut_changes_nothing(name, cuts):
     layer, x = build(name), tokens(2, LONG)
@@ -81,6 +82,19 @@ def test_a_row_that_starts_is_a_fresh_row_and_others_go_on(name, read):
     close(output[0], going_on[0])
     close(output[1], layer(new[1:])[0][0])
     assert after.position.tolist() == [read + LONG, LONG]
+
+
+@every_layer
+def test_a_row_waits_at_a_boundary_while_others_read(name):
+    layer, x = build(name), tokens(2, LONG)
+    waiting, mask = torch.zeros(2, 3 * LONG, DIM, dtype=x.dtype), torch.zeros(2, 3 * LONG, dtype=torch.bool)
+    places = torch.arange(LONG) + torch.arange(LONG) // SEGMENT * 9  # pads where a segment of the second row has ended
+    waiting[0, :LONG], mask[0, :LONG] = x[0], True
+    waiting[1, places], mask[1, places] = x[1], True
+    expected = run(layer, x)[0]
+    for cuts in (), range(4, 3 * LONG, 4):
+        output = run(layer, waiting, cuts, mask=mask)[0]
+        close(output[mask], expected.flatten(0, 1))
 
 
 @every_layer
@@ -181,6 +195,27 @@ def test_compiles_into_one_graph(name):
     torch.testing.assert_close(memory.state_dict(), expected_memory.state_dict())
 
 
+@pytest.mark.slow
+@every_layer
+@pytest.mark.filterwarnings(
+    "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"
+)  # array-api-compat's
+def test_padded_rows_compile_into_one_graph(name):
+    torch._dynamo.reset()
+    layer, x = build(name), tokens(2, 4 * SEGMENT)
+    mask = torch.arange(4 * SEGMENT) >= torch.tensor([[0], [SEGMENT - 2]])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    memory = layer.memory(2)
+    expected, expected_memory = run(layer, x, mask=mask)
+    outputs = []
+    for segment, present in zip(x.split(4, dim=1), mask.split(4, dim=1), strict=True):
+        output, memory = compiled(segment, memory, mask=present)
+        outputs.append(output)
+    close(torch.cat(outputs, dim=1), expected)
+    following = tokens(2, 2 * SEGMENT, seed=9)
+    close(layer(following, memory)[0], layer(following, expected_memory)[0])
+
+
 @every_layer
 def test_copies_of_a_memory_go_their_own_way(name):
     layer, x = build(name), tokens(2, LONG)
@@ -191,6 +226,24 @@ def test_copies_of_a_memory_go_their_own_way(name):
     run(layer, -following, memory=copied)
     again, _ = run(layer, following[[1, 0, 1]], memory=swapped)
     close(again, expected[[1, 0, 1]])
+
+
+@every_layer
+def test_rows_that_are_joined_go_on_as_they_were(name):
+    layer, x = build(name), tokens(3, LONG)
+    following = tokens(3, 2 * SEGMENT, seed=8)
+    one, _ = layer(following, run(layer, x)[1])
+    _, first = run(layer, x[:2])
+    _, last = run(layer, x[2:])
+    close(layer(following, type(first).join([first, last]))[0], one)
+    _, early = run(layer, x[2:, :7])  # at another distance from its next boundary
+    other, _ = layer(following[2:], type(first).join([early]))
+    both, _ = layer(following, type(first).join([first.select([1, 0]), early]))
+    close(both[2:], other)
+    close(both[:2], layer(following[:2], first.select([1, 0]))[0])
+    for states in [], [first, layer]:
+        with pytest.raises(ArgumentError, match="states"):
+            type(first).join(states)
 
 
 @every_layer
@@ -264,12 +317,14 @@ def test_wrong_arguments_are_named(name):
     for error, argument, call in [
         (FrameworkError, "x", lambda: layer(x.numpy())),
         (DTypeError, "x", lambda: layer(x.long())),
+        (DTypeError, "x", lambda: layer(x.float())),
         (ShapeError, "x", lambda: layer(x[..., :-1])),
         (ShapeError, "x", lambda: layer(x[0])),
         (ArgumentError, "memory", lambda: layer(x, [memory])),
         (ShapeError, "memory", lambda: layer(x[:1], memory)),
         (ShapeError, "memory", lambda: other(x, memory)),
-        (FrameworkError, "memory", lambda: layer(x.to("meta"), memory)),
+        (FrameworkError, "x", lambda: layer(x.to("meta"), memory)),
+        (FrameworkError, "memory", lambda: memory.fits(x.to("meta"), layer._shapes())),
         (ShapeError, "start", lambda: layer(x, memory, start=torch.tensor([True]))),
         (DTypeError, "start", lambda: layer(x, memory, start=torch.tensor([1, 0]))),
         (ShapeError, "mask", lambda: layer(x, memory, mask=torch.ones(2, 4, 4, dtype=torch.bool))),

@@ -21,7 +21,8 @@ def definition(layer, x):
     """What the layer should give for one document x (n, DIM), by the equations of section 3 and nothing else."""
 
     def heads(project):
-        return (x @ project.weight.detach().numpy().T).reshape(len(x), HEADS, -1).transpose(1, 0, 2)
+        each = (x @ project.weight.detach().numpy().T).reshape(len(x), -1, layer.head_dim).transpose(1, 0, 2)
+        return each.repeat(HEADS // len(each), axis=0)
 
     queries, keys, values = heads(layer.query), heads(layer.key), heads(layer.value)
     if layer.normalize:
@@ -63,6 +64,8 @@ def definition(layer, x):
         {"nothing": "zeros", "k": 15, "head_dim": 5},
         {"segment": 1},
         {"capacity": 2, "k": 4},
+        {"window": 5, "kv_heads": 1},
+        {"combine": "joint", "kv_heads": 1},
     ],
     ids=str,
 )
@@ -180,6 +183,14 @@ def test_inductor_compiles_a_training_step():
         torch.testing.assert_close(*gradients)
 
 
+def test_a_memory_that_is_written_at_another_time_is_refused():
+    early, late = (
+        MemorizingAttention(DIM, HEADS, capacity=20, segment=SEGMENT, window=4, overlap=o) for o in (True, False)
+    )
+    with pytest.raises(ArgumentError, match="4 tokens late"):
+        late(torch.zeros(1, 2, DIM), early.memory(1))
+
+
 @pytest.mark.parametrize(
     ("argument", "options"),
     [
@@ -193,6 +204,8 @@ def test_inductor_compiles_a_training_step():
         ("index", {"index": "magic"}),
         ("dtype", {"dtype": "complex64"}),
         ("reach", {"window": -1}),
+        ("kv_heads", {"heads": 4, "kv_heads": 3}),
+        ("scale", {"scale": 0}),
     ],
 )
 def test_wrong_configurations_are_named(argument, options):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from perdure.bindings.torch import MemorizingAttention, MemoryTransformer, TransformerXLAttention
 
-from perdure import ArgumentError, DTypeError, ShapeError
+from perdure import ArgumentError, DTypeError, FrameworkError, ShapeError
 
 SEGMENT = 6
 
@@ -65,6 +65,7 @@ def test_a_saved_memory_continues_bit_by_bit():
 @pytest.mark.parametrize(
     ("error", "argument", "call"),
     [
+        (FrameworkError, "tokens", lambda m: m([[1, 2]])),
         (DTypeError, "tokens", lambda m: m(torch.zeros(1, 3))),
         (ShapeError, "tokens", lambda m: m(torch.zeros(3, dtype=torch.long))),
         (ArgumentError, "memory", lambda m: m(words(1, 3), m.memory(1)[:1])),

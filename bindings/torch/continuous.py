@@ -171,7 +171,8 @@ class ContinuousAttention(TransformerXLAttention):
             if start is not None:
                 B, looked = (torch.where(start[:, None, None], 0, B), torch.where(start[:, None], 0, looked))
             if turning:
-                B, looked = self._turned(B, looked, memory.hidden[:, -self.segment :], memory.position)
+                reading = None if present is None else present.any(dim=1)
+                B, looked = self._turned(B, looked, memory.hidden[:, -self.segment :], memory.position, reading)
             queries = self._heads(self.query(x)).to(B.dtype)
             mean, variance = self._look(queries, B)
             psi = expected_basis(
@@ -191,9 +192,12 @@ class ContinuousAttention(TransformerXLAttention):
         }
 
     def _turned(
-        self, B: torch.Tensor, looked: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor
+        self, B: torch.Tensor, looked: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, reading: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The signals with the segment `hidden` (rows, segment, dim) in them, of rows that stand at a boundary."""
+        """The signals with the segment `hidden` (rows, segment, dim) in them, of rows that stand at a boundary.
+
+        A row that is not `reading` (None: all are) still stands there in the next call, and is left for it.
+        """
         x = hidden.to(self.signal_key.weight.dtype)
         if self.input_gate is not None:
             x = x * torch.sigmoid(self.input_gate(x.mT).mT)
@@ -207,6 +211,7 @@ class ContinuousAttention(TransformerXLAttention):
         later = contracted + new @ x
         one = (position == self.segment)[:, None, None]
         due = (position > 0) & (position % self.segment == 0)
+        due = due if reading is None else due & reading
         B = torch.where(due[:, None, None], torch.where(one, first @ x, later), B)
         return B, torch.where(due[:, None], 0, looked)
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...backends.errors import ArgumentError
 from ...core import checks
-from ...core.attention import Reading, attention, gate, merge
+from ...core.attention import Reading, gate, masked_softmax, merge
 from ...core.relative import biased_attention, buckets, rotate
 from ...core.segments import numbers, slide, visible
 from ...memory.knn import KNNMemory
+from ...memory.state import pack, unpack
 from .local import local_attention
 from .ops import Ledger, recall
 from .segments import SegmentedAttention, even
@@ -32,7 +34,7 @@ class KNNState(State):
 
     Attributes
     ----------
-    keys, values : tensors (rows, heads, window, head_dim)
+    keys, values : tensors (rows, kv_heads, window, head_dim)
         The newest tokens, as memory would store them.
     token : int64 tensor (2,)
         Which state of the memory this is.
@@ -82,6 +84,14 @@ class KNNState(State):
         return cls(**parts, ledger=ledger, token=ledger.token())
 
     @classmethod
+    def _joined(cls, states: list[Self], parts: dict[str, torch.Tensor]) -> dict[str, Any]:
+        settings = {(state.ledger.segment, state.ledger.lag) for state in states}
+        if len(settings) > 1:
+            raise ArgumentError("states", "one segment and lag", str(sorted(settings)), "Join those of one layer.")
+        ledger = Ledger(joined([state.memory for state in states]), *settings.pop())
+        return {**parts, "ledger": ledger, "token": ledger.token()}
+
+    @classmethod
     def _made(cls) -> set[str]:
         return {"ledger", "token"}
 
@@ -93,6 +103,9 @@ class MemorizingAttention(SegmentedAttention):
     ----------
     dim, heads, head_dim
         Width, heads, and width of a head (dim / heads by default).
+    kv_heads : int, optional
+        Heads of keys and values, a divisor of `heads` (all by default): as many are stored, and query head h reads that
+        of number h // (heads / kv_heads), from memory as from the window.
     capacity : int
         The most tokens the memory holds per row and head.
     k : int
@@ -106,6 +119,10 @@ class MemorizingAttention(SegmentedAttention):
         as it leaves the cache.
     normalize : bool
         Queries and keys at norm 1, and a learned scale a head in place of 1/sqrt(head_dim).
+    scale : float, optional
+        Where the learned scales start; sqrt(head_dim) by default, at which scores spread as those of 1/sqrt(head_dim)
+        do without norms. The authors start at 1, which takes long to leave: no score differs from another by more
+        than 2 until the scale has grown.
     combine : {"gate", "joint"}
         Two softmaxes mixed by a learned gate a head, or one softmax over neighbours and window together.
     positions : {"none", "t5", "rope"}
@@ -126,7 +143,8 @@ class MemorizingAttention(SegmentedAttention):
     local attention. No gradient reaches what is stored or the selection; gradients reach the queries, the scale and
     the gate through the scores of what was retrieved.
     Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. Differs from the paper in
-    that segments are counted in each row's own tokens, so that padding and the cut into calls change nothing.
+    that segments are counted in each row's own tokens, so that padding and the cut into calls change nothing, and in
+    where `scale` starts.
 
     Examples
     --------
@@ -151,10 +169,12 @@ class MemorizingAttention(SegmentedAttention):
         window: int = 0,
         overlap: bool = True,
         normalize: bool = True,
+        scale: float | None = None,
         combine: str = "gate",
         positions: str = "none",
         nothing: str = "local",
         head_dim: int | None = None,
+        kv_heads: int | None = None,
         index: str = "exact",
         dtype: str = "float32",
         bias: bool = False,
@@ -167,19 +187,24 @@ class MemorizingAttention(SegmentedAttention):
             even("head_dim", self.head_dim)
         self.nothing, self.index, self.dtype = checks.choice("nothing", nothing, NOTHING), index, dtype
         self.overlap, self.normalize = overlap, normalize
+        self.kv_heads = self.heads if kv_heads is None else checks.count("kv_heads", kv_heads)
+        if self.heads % self.kv_heads:
+            raise ArgumentError("kv_heads", f"a divisor of heads={heads}", str(kv_heads), "Every group has one size.")
         inner = self.heads * self.head_dim
-        self.query, self.key, self.value = (nn.Linear(dim, inner, bias=bias) for _ in range(3))
+        self.query = nn.Linear(dim, inner, bias=bias)
+        self.key, self.value = (nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias) for _ in range(2))
         self.output = nn.Linear(inner, dim, bias=bias)
-        self.scale = nn.Parameter(torch.ones(self.heads)) if normalize else None
+        begin = self.head_dim**0.5 if scale is None else checks.positive("scale", scale)
+        self.scale = nn.Parameter(torch.full((self.heads,), begin)) if normalize else None
         self.gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
         self.bias = nn.Embedding(32, self.heads) if positions == "t5" else None
-        KNNMemory(1, self.heads, self.head_dim, self.capacity, index=index, dtype=dtype)  # refuses what it cannot do
+        KNNMemory(1, self.kv_heads, self.head_dim, self.capacity, index=index, dtype=dtype)  # refuses what it cannot do
 
     def memory(self, rows: int) -> KNNState:
         """A fresh memory for `rows` documents."""
         rows = checks.count("rows", rows)
-        knn = KNNMemory(rows, self.heads, self.head_dim, self.capacity, index=self.index, dtype=self.dtype)
-        ledger = Ledger(knn, self.segment, 0 if self.overlap else self.reach)
+        knn = KNNMemory(rows, self.kv_heads, self.head_dim, self.capacity, index=self.index, dtype=self.dtype)
+        ledger = Ledger(knn, self.segment, self._late())
         like = self.query.weight
         empty = like.new_zeros((rows, *self._shapes()["keys"]))
         position = torch.zeros(rows, dtype=torch.int64, device=like.device)
@@ -188,8 +213,25 @@ class MemorizingAttention(SegmentedAttention):
     def _kind(self) -> type[State]:
         return KNNState
 
+    def _check(self, x: Any, memory: Any, start: Any, mask: Any) -> None:
+        super()._check(x, memory, start, mask)
+        if memory is None or torch.compiler.is_compiling():
+            return
+        own, its = self._late(), memory.ledger.lag
+        if own != its:
+            raise ArgumentError(
+                "memory",
+                f"one that takes segments {own} tokens late",
+                f"{its} tokens late",
+                "Pass the memory of a layer with the same overlap and window.",
+            )
+
+    def _late(self) -> int:
+        """Tokens after its end that a segment enters memory."""
+        return 0 if self.overlap else self.reach
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        window = (self.heads, self.segment + self.reach, self.head_dim)
+        window = (self.kv_heads, self.segment + self.reach, self.head_dim)
         return {"position": (), "keys": window, "values": window}
 
     def _attend(
@@ -216,9 +258,11 @@ class MemorizingAttention(SegmentedAttention):
 
     def _read(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, found: torch.Tensor) -> Reading:
         """Attention of (already scaled) queries over what each retrieved."""
-        allowed = None if self.nothing == "zeros" else found[..., None, :]
-        output, lse = attention(queries[..., None, :], keys, values, None, 1.0, allowed, 0)
-        return Reading(output[..., 0, :], lse[..., 0])
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        keys, values = keys.to(wide), values.to(wide)  # zeros where nothing was found, so nothing need be blanked
+        scores = (queries.to(wide)[..., None, :] @ keys.mT)[..., 0, :]  # (rows, heads, n, k)
+        weights, lse = masked_softmax(scores, torch.ones_like(found) if self.nothing == "zeros" else found)
+        return Reading((weights[..., None, :] @ values)[..., 0, :].to(queries.dtype), lse)
 
     def _mixed(
         self,
@@ -240,10 +284,29 @@ class MemorizingAttention(SegmentedAttention):
         elif self.positions == "t5":
             distances = tokens[:, seen:, None] - tokens[:, None, :]
             bias = self.bias(buckets(distances)).movedim(-1, 1)
+        if self.kv_heads != self.heads:
+            keys, values = (a.repeat_interleave(self.heads // self.kv_heads, dim=1) for a in (keys, values))
         if self.combine == "joint":
             return merge(read, biased_attention(queries, keys, values, bias, 1.0, allowed[:, None])).output
         local = local_attention(queries, keys, values, allowed, 1.0, bias)
         return gate(read.output if self.nothing == "zeros" else read, local, self.gate)
+
+
+def joined(memories: list[KNNMemory]) -> KNNMemory:
+    """One memory with copies of the rows of all, which are alike but for their rows."""
+    configs, arrays, written, rows = [], {}, [], 0
+    for memory in memories:
+        config, own = unpack("KNNMemory", memory.state_dict())
+        written.append(own.pop("written"))
+        for name, array in own.items():  # rows.0.keys, ...
+            lead, row, rest = name.split(".", 2)
+            arrays[f"{lead}.{int(row) + rows}.{rest}"] = array
+        rows += config.pop("rows")
+        configs.append(config)
+    if any(config != configs[0] for config in configs):
+        raise ArgumentError("states", "kNN memories of one configuration", str(configs), "Join those of one layer.")
+    state = pack("KNNMemory", {**configs[0], "rows": rows}, {**arrays, "written": np.concatenate(written)})
+    return KNNMemory.from_state_dict(state)
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

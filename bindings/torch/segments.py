@@ -87,6 +87,8 @@ class SegmentedAttention(nn.Module):
         even = not memory.ragged and mask is None and (start is None or memory.phase == 0)
         if even or memory.phase + n <= self.segment:
             cuts = list(range(self.segment - memory.phase, n, self.segment))
+        elif torch.compiler.is_compiling():  # where boundaries lie is in the data, which a graph cannot ask
+            return self._twice(x, memory, start, mask)
         else:
             cuts = self._crossings(n, memory.position, start, mask)
         turning = memory.phase == 0 or memory.ragged
@@ -105,6 +107,30 @@ class SegmentedAttention(nn.Module):
             memory = memory.following(loss=sum(losses))
         output = torch.cat(outputs, dim=1) if len(outputs) != 1 else outputs[0]
         return output, memory
+
+    def _twice(self, x: torch.Tensor, memory: State, start: Any, mask: Any) -> tuple[torch.Tensor, State]:
+        """At most a segment of columns at a time, of each row first what comes before its boundary, then the rest.
+
+        The same outputs as pieces cut where the data says, in a graph that does not depend on it, for twice the work.
+        """
+        outputs, losses, n = [], [], x.shape[1]
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        for first in range(0, n, self.segment):
+            piece, begin = slice(first, first + self.segment), start if first == 0 else None
+            present = mask[:, piece]
+            position = memory.position if begin is None else torch.where(begin, 0, memory.position)
+            boundary = (position // self.segment + 1) * self.segment
+            before = present & (numbers(position, 0, present.shape[1], present) < boundary[:, None])
+            output, memory = self._step(x[:, piece], memory, begin, before, True)
+            losses.append((getattr(memory, "loss", None), before))
+            after = present & ~before
+            rest, memory = self._step(x[:, piece], memory, None, after, True)
+            losses.append((getattr(memory, "loss", None), after))
+            outputs.append(output + rest)
+        memory = memory.following(phase=self.segment, ragged=True)  # as far as a graph can tell
+        if losses[0][0] is not None:
+            memory = memory.following(loss=sum(loss * (read.sum() / mask.sum().clamp(min=1)) for loss, read in losses))
+        return torch.cat(outputs, dim=1), memory
 
     def _step(
         self, x: torch.Tensor, memory: State, start: Any, present: Any, turning: bool
@@ -156,6 +182,18 @@ class SegmentedAttention(nn.Module):
                 raise ShapeError(name, str(tuple(shape)), str(tuple(given.shape)), "Order is causal; pass one a token.")
             if given.device != x.device:
                 raise FrameworkError(name, f"a tensor on {x.device}, as x is", f"one on {given.device}", "Move it.")
+        weight = next(self.parameters())
+        if x.device != weight.device:
+            raise FrameworkError(
+                "x", f"a tensor on {weight.device}, as the layer is", f"one on {x.device}", "Move x or the layer."
+            )
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise DTypeError(
+                "x",
+                f"{weight.dtype}, as the layer is",
+                str(x.dtype),
+                f"Pass x.to({weight.dtype}), or use torch.autocast.",
+            )
         if memory is not None:
             kind = self._kind()
             if not isinstance(memory, kind):
@@ -175,8 +213,8 @@ class SegmentedAttention(nn.Module):
         return self.reach + (self.segment - 1 if memory.ragged else memory.phase)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, n, heads x head_dim) -> (rows, heads, n, head_dim)"""
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        """(rows, n, heads x head_dim) -> (rows, heads, n, head_dim), however many heads that are"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, heads, n, head_dim) -> (rows, n, heads x head_dim)"""

@@ -64,6 +64,35 @@ class State:
         parts = {name: tensor[index] for name, tensor in self.tensors().items()}
         return type(self)(phase=self.phase, ragged=self.ragged, **parts)
 
+    @classmethod
+    def join(cls, states: Sequence[Self]) -> Self:
+        """A state of its own with the rows of all `states`, in their order: the opposite of `select`.
+
+        Raises
+        ------
+        ArgumentError
+            None at all, or states of several kinds, shapes or configurations.
+        """
+        states = list(states)
+        kinds = ", ".join(sorted({type(state).__name__ for state in states})) or "none"
+        if kinds != cls.__name__:
+            raise ArgumentError("states", f"at least one {cls.__name__}, and no other", kinds, "Join those of a layer.")
+        parts = {}
+        for name, tensor in states[0].tensors().items():
+            tensors = [state.tensors()[name] for state in states]
+            shapes = sorted({(*tensor.shape[1:], str(tensor.dtype)) for tensor in tensors})
+            if len(shapes) > 1:
+                raise ArgumentError(f"states.{name}", "one shape and dtype", str(shapes), "Join those of one layer.")
+            parts[name] = torch.cat(tensors)
+        phases = {state.phase for state in states}
+        ragged = len(phases) > 1 or any(state.ragged for state in states)
+        return cls(phase=max(phases), ragged=ragged, **cls._joined(states, parts))
+
+    @classmethod
+    def _joined(cls, states: list[Self], parts: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The fields of the joined state other than the progress, given its tensors."""
+        return parts
+
     def _index(self, rows: Sequence[int]) -> list[int]:
         index = [checks.count("rows", row, least=0) for row in rows]
         if not index or max(index) >= self.rows:

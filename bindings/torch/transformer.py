@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ...backends.errors import ArgumentError, DTypeError, ShapeError
+from ...backends.errors import ArgumentError, DTypeError, FrameworkError, ShapeError
 from ...core import checks
 from .segments import SegmentedAttention
 from .state import State
@@ -107,6 +107,8 @@ class MemoryTransformer(nn.Module):
         ------
         DTypeError, ShapeError, FrameworkError, ArgumentError
         """
+        if not isinstance(tokens, torch.Tensor):
+            raise FrameworkError("tokens", "a torch.Tensor", type(tokens).__name__, "Pass torch.as_tensor(tokens).")
         if tokens.dtype not in (torch.int32, torch.int64):
             raise DTypeError("tokens", "integers", str(tokens.dtype), "Pass tokens.long().")
         if tokens.ndim != 2:
