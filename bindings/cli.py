@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..backends.errors import PerdureError
-from . import demo, fit_command, info
+from . import bench_command, demo, fit_command, info, search_command
 
 # each has add_parser(subparsers), which sets `run`, a function of the parsed arguments
-COMMANDS = (demo, fit_command, info)
+COMMANDS = (demo, fit_command, search_command, bench_command, info)
 WRONG, INTERRUPTED = 2, 130
 
 

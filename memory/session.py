@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..backends.errors import ForkError, StoreError
+from ..backends.errors import FileError, ForkError, StoreError
 from .catalogue import Catalogue
 from .disk import made_folder
-from .engine import Engine, WriterLock
+from .engine import Engine
+from .entry import Entry
 from .lock import forks
+from .writer import WriterLock, noted
 
 
 class Session:
@@ -32,7 +34,15 @@ class Session:
                 undone.callback(self.lock.close)
             self.engine = Engine(path, readonly)
             undone.callback(self.engine.close)
+            known = noted(path)  # before the catalogue: meanwhile, a writer may go on
             self.catalogue = Catalogue(self.engine)
+            if known > self.catalogue.facts["commits"]:
+                raise FileError(
+                    str(path),
+                    f"the {known} commits that were acknowledged",
+                    f"{self.catalogue.facts['commits']}; the rest was in a log that is damaged or gone",
+                    "Restore the store from a copy, or delete its file 'lock' to go on from the earlier commit.",
+                )
             self.folder = os.stat(path)
             undone.pop_all()
         _sessions.add(self)
@@ -72,6 +82,17 @@ class Session:
             "the child of a process that had it open",
             "Open it in a process started with the 'spawn' method, or fork before the parent opens it.",
         )
+
+    def commit(self, work: list[Entry]) -> None:
+        """Make what waits in `work`, and all deletions, durable, and note that they are; the connection is held.
+
+        Raises
+        ------
+        StoreError, FileError
+        """
+        self.catalogue.commit(work)
+        if self.lock is not None:
+            self.lock.note(self.catalogue.facts["commits"])
 
     def close(self) -> bool:
         """Close, and say whether it was open; in a child of the process that opened it, nothing happens."""

@@ -11,7 +11,7 @@ from .guard import Guard
 
 
 class Shelf:
-    """Open memories by name. A memory with uncommitted writes stays, and so does the one used last.
+    """Open memories by name. Those with uncommitted writes stay, those being changed, and the one used last.
 
     A thread that is reading a memory while it leaves reads on: what leaves is only the shelf's hold on it.
     """
@@ -49,10 +49,10 @@ class Shelf:
             for entry in list(self._open.values())[:-1]:
                 if total <= self.cache:
                     return
-                if entry.touched or not entry.lock.acquire(blocking=False):
+                if entry.touched or entry.changing or not entry.lock.acquire(blocking=False):
                     continue
                 try:
-                    if not entry.touched:
+                    if not entry.touched and not entry.changing:
                         entry.guard = None
                         total -= entry.held
                         del self._open[entry.name]

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
 from typing import Any, Self
 
-from ..backends.errors import ArgumentError, FileError, QuotaError, StoreError
+from ..backends.errors import ArgumentError, QuotaError, StoreError
 from ..core import checks
+from .calls import Calls
 from .disk import as_path
 from .entry import Entry, clipping, comparable, encoded
 from .guard import Guard
-from .kinds import REPEATED, class_of, config_of
+from .kinds import config_of, make
 from .quota import Quota
-from .record import encode
 from .session import Session
-from .shelf import Shelf
 from .stored import StoredMemory
 
 MOST_NAMES = 1_000_000
-READER_TRIES = 100  # of a reader whose memory is rewritten while it reads
 LARGEST_LOG = 4 << 20  # bytes of the write-ahead log, after which a commit carries it over
 
 _log = logging.getLogger("perdure.store")
@@ -62,7 +58,11 @@ def open(
     StoreError
         Another process, or this one, has it open for writing.
     FileError
-        Something that is no store, or a damaged one.
+        Something that is no store, a damaged one, or one of a newer version.
+
+    Notes
+    -----
+    Cost: the names and places of all memories are read and verified; the memories themselves when they are used.
 
     Examples
     --------
@@ -83,7 +83,8 @@ class Store:
     """Named memories that survive: `memory` to get one, `commit` to make what was written durable.
 
     Made by `perdure.open`, which documents the parameters. Threads may share a store and its memories; a process that
-    forks must open its own in the child.
+    forks must open its own in the child. Every method raises StoreError once the store is closed, and ForkError in a
+    child of the process that opened it.
 
     Locks, from the outside in: the session's (the connection), an entry's (its one writer), the shelf's (which memories
     are open), and the memory's own. A read takes the shelf's for a moment, then the memory's, so no reader waits for a
@@ -101,8 +102,9 @@ class Store:
     ):
         self.path, self.readonly = as_path(path), bool(readonly)
         self._quota = Quota(None if quota is None else checks.count("quota", quota), checks.count("buffer", buffer))
-        self._shelf = Shelf(checks.count("cache", cache), self._load)
+        cache = checks.count("cache", cache)
         self._session = Session(self.path, self.readonly)
+        self._calls = Calls(self._session, self._quota, cache)
         self._catalogue, self._engine = self._session.catalogue, self._session.engine
         self._commits, self._commit_seconds, self._checkpoints = 0, 0.0, 0
         self._quota.count(self._catalogue.entries.values())
@@ -137,15 +139,22 @@ class Store:
         **config
             The arguments of that kind's class.
 
+        Returns
+        -------
+        StoredMemory
+            To be used like a memory of that kind. It is read from the disk when first used, and again after it has left
+            the cache: its state, and the calls since then, which are repeated.
+
         Raises
         ------
         ArgumentError
-            No such memory and no kind; or there is one that is not as described.
-        StoreError, FileError
+            No such memory and no kind; an unknown, missing or wrong setting; or there is one that is not as described.
+        QuotaError
+            There are a million already.
         """
         with self._session.using():
             encoded(name)
-            self._follow()
+            self._calls.follow()
             entry = self._catalogue.entries.get(name)
             if entry is None:
                 if kind is None or self.readonly:
@@ -155,27 +164,29 @@ class Store:
                 entry = self._make(name, kind, {"clip": clipping(clip), **counted}, config)
             else:
                 entry.agree(kind, config)
-            return StoredMemory(self, entry)
+            return StoredMemory(self._calls, entry)
 
     def names(self) -> list[str]:
         """The names of all memories, sorted."""
         with self._session.using():
-            self._follow()
+            self._calls.follow()
             return sorted(self._catalogue.entries)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every memory on the disk, what waits for a commit included."""
         with self._session.using():
-            self._follow()
+            self._calls.follow()
             return {name: entry.bytes for name, entry in sorted(self._catalogue.entries.items())}
 
     def clear(self, name: str) -> None:
-        """Forget all that the memory called `name` holds.
+        """Forget all that the memory called `name` holds: durable with the next commit, no trace after `checkpoint`.
 
         Raises
         ------
         ArgumentError
             There is none.
+        StoreError
+            The store is open for reading only.
         """
         self.memory(name).clear()
 
@@ -198,7 +209,7 @@ class Store:
                 if entry.place is not None:
                     self._catalogue.dropped.append(entry.place.id)
             del self._catalogue.entries[name]
-            self._shelf.drop(entry)
+            self._calls.shelf.drop(entry)
 
     # ---- durability --------------------------------------------------------------------------------------------------
 
@@ -220,9 +231,9 @@ class Store:
             work = [entry for entry in self._catalogue.entries.values() if entry.touched]
             if not work and not self._catalogue.dropped:
                 return
-            self._catalogue.commit(work)
+            self._session.commit(work)
             self._quota.count(self._catalogue.entries.values())
-            self._shelf.trim()
+            self._calls.shelf.trim()
             try:
                 if self._engine.log_bytes() > LARGEST_LOG:
                     self._engine.move_log(truncate=False)
@@ -248,11 +259,11 @@ class Store:
             for entry in list(self._catalogue.entries.values()):
                 if entry.place is None or entry.place.records == 1:
                     continue
-                with self._writing(entry):
+                with self._calls.writing(entry):
                     if not self._catalogue.compactable(entry.place):
                         continue
                     entry.whole = entry.touched = True
-                self._catalogue.commit([entry])
+                self._session.commit([entry])
             self._quota.count(self._catalogue.entries.values())
             self._engine.give_back()
             if not self._engine.move_log(truncate=True):
@@ -268,12 +279,17 @@ class Store:
     def refresh(self) -> None:
         """Where the store is open for reading only: see what has been committed since.
 
+        Open memories are brought along by repeating the writer's calls, or read anew when used next.
+
         Raises
         ------
-        FileError, StoreError
+        FileError
+            Damaged.
+        StoreError
+            The disk failed.
         """
         with self._session.using():
-            self._follow()
+            self._calls.follow()
 
     def verify(self) -> None:
         """Read everything, and compare it with its checksums; for a store that has lain long, or a copy of one.
@@ -282,6 +298,10 @@ class Store:
         ------
         FileError
             Damaged.
+
+        Notes
+        -----
+        Cost: a read of all bytes, one SHA-256 over them, and every memory in turn in main memory.
         """
         with self._session.using(), self._engine.transaction(write=False):
             self._catalogue.verify()
@@ -297,7 +317,7 @@ class Store:
                 "perdure_store_states_total": catalogue.states,
                 "perdure_store_appends_total": catalogue.appends,
                 "perdure_store_loads_total": catalogue.loads,
-                **self._shelf.stats(),
+                **self._calls.shelf.stats(),
                 "perdure_store_memories": len(catalogue.entries),
                 "perdure_store_memory_bytes": self._quota.stored,
                 "perdure_store_waiting_bytes": self._quota.waiting,
@@ -329,88 +349,10 @@ class Store:
     def _make(self, name: str, kind: str, options: dict[str, Any], config: dict[str, Any]) -> Entry:
         if len(self._catalogue.entries) >= MOST_NAMES:
             raise QuotaError("name", f"at most {MOST_NAMES} memories", "one more", "Delete some.")
-        memory = class_of(kind)(**config)
+        memory = make(kind, config)
         guard = Guard(memory, kind, options["clip"], options["source_quota"])
         asked = {**config_of(memory.state_dict())[1], **comparable(config)}
         entry = Entry(name, {"kind": kind, "config": asked, "options": options}, None, guard)
         self._catalogue.entries[name] = entry
-        self._shelf.keep(entry)
+        self._calls.shelf.keep(entry)
         return entry
-
-    def _guard(self, entry: Entry) -> Guard:
-        """For a stored memory: what it stands for, in main memory."""
-        self._session.usable()
-        entry.alive()
-        return self._shelf.guard(entry)
-
-    def _note(self, entry: Entry) -> None:
-        """For a stored memory: a method is about to be called that may change what write and clear do not."""
-        if not self.readonly:
-            with entry.lock:
-                entry.whole = entry.touched = True
-
-    def _load(self, entry: Entry) -> Guard:
-        """For the shelf: a memory that is not in main memory."""
-        with self._session.using():
-            for tries in range(READER_TRIES):
-                seen = self._catalogue.facts
-                try:
-                    with self._engine.transaction(write=False):
-                        if self.readonly:
-                            self._catalogue.follow(self._shelf)
-                        guard = self._catalogue.load(entry)
-                    break
-                except FileError as error:
-                    if isinstance(error, StoreError) or not self.readonly or tries == READER_TRIES - 1:
-                        raise
-                    self._follow()
-                    if self._catalogue.facts == seen:  # else the writer has used the room of what was being read
-                        raise
-            self._shelf.keep(entry)
-            return guard
-
-    def _follow(self) -> None:
-        if self.readonly:
-            with self._engine.transaction(write=False):
-                self._catalogue.follow(self._shelf)
-
-    def _write(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], source: str | None) -> None:
-        """For a stored memory: write now, and remember the call for the commit."""
-        with self._writing(entry) as guard:
-            call = guard.bind(args, kwargs)
-            record, arguments = encode("write", {"call": call, "source": source})
-            self._quota.admit(entry, record.nbytes)
-            guard.write(arguments["call"], source)
-            entry.touched = True
-            if entry.about["kind"] in REPEATED:
-                entry.waiting.append(record)
-                self._quota.wait(entry, record.nbytes)
-            else:
-                entry.whole = True
-
-    def _clear(self, entry: Entry, rows: Any) -> None:
-        """For a stored memory: clear now, and see to it that what was cleared leaves the disk."""
-        with self._writing(entry) as guard:
-            record, _ = encode("clear", {"rows": None if rows is None else list(rows)})
-            guard.clear(rows if rows is None else list(rows))
-            entry.touched = True
-            if (
-                rows is None or entry.about["kind"] not in REPEATED
-            ):  # a state that holds nothing is smaller than the calls
-                self._quota.wait(entry, -entry.waiting_bytes)
-                entry.waiting, entry.whole = [], True
-            else:
-                entry.waiting.append(record)
-                self._quota.wait(entry, record.nbytes)
-
-    @contextlib.contextmanager
-    def _writing(self, entry: Entry) -> Iterator[Guard]:
-        """With an open memory to oneself."""
-        self._session.usable(write=True)
-        while True:
-            guard = self._shelf.guard(entry)
-            with entry.lock:
-                entry.alive()
-                if entry.guard is guard:  # else it left main memory in between
-                    yield guard
-                    return

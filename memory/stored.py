@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +13,21 @@ from .file import Savable
 from .kinds import REPEATED
 
 if TYPE_CHECKING:
+    from .calls import Calls
     from .entry import Entry
-    from .store import Store
 
 
 class StoredMemory(Savable):
     """A memory of a store: it is written, read and cleared like any other; `Store.commit` makes that durable.
 
     Every other public method and attribute is that of the memory itself: `read`, `search`, `capacity`, and so on. Only
-    `Store.memory` makes one, from its `store` and its `entry` there.
+    `Store.memory` makes one, from the `calls` it takes and its `entry` there.
     """
 
-    __slots__ = ("_entry", "_store")
+    __slots__ = ("_calls", "_entry")
 
-    def __init__(self, store: Store, entry: Entry):
-        object.__setattr__(self, "_store", store)
+    def __init__(self, calls: Calls, entry: Entry):
+        object.__setattr__(self, "_calls", calls)
         object.__setattr__(self, "_entry", entry)
 
     @property
@@ -42,12 +43,12 @@ class StoredMemory(Savable):
     @property
     def tokens(self) -> np.ndarray:
         """Tokens held now, int64 (rows,)."""
-        return self._store._guard(self._entry).memory.tokens
+        return self._calls.guard(self._entry).memory.tokens
 
     @property
     def nbytes(self) -> int:
         """Bytes held in main memory."""
-        return self._store._guard(self._entry).memory.nbytes
+        return self._calls.guard(self._entry).memory.nbytes
 
     def write(self, *args: Any, source: str | None = None, **kwargs: Any) -> None:
         """The memory's own `write`, into main memory at once, and onto the disk with the next commit.
@@ -64,7 +65,7 @@ class StoredMemory(Savable):
         QuotaError, StoreError, and what the memory's write raises
             In every case nothing has been written.
         """
-        self._store._write(self._entry, args, kwargs, source)
+        self._calls.write(self._entry, args, kwargs, source)
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows` (all by default); once the store is checkpointed, no trace of it is left.
@@ -74,11 +75,11 @@ class StoredMemory(Savable):
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        self._store._clear(self._entry, rows)
+        self._calls.clear(self._entry, rows)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The memory's own state, as a flat dict of arrays, uncommitted writes included."""
-        return self._store._guard(self._entry).memory.state_dict()
+        return self._calls.guard(self._entry).memory.state_dict()
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> StoredMemory:
@@ -97,15 +98,21 @@ class StoredMemory(Savable):
         ------
         FileError, MissingPackageError
         """
-        self._store._guard(self._entry).memory.save(path)  # type: ignore[attr-defined, unused-ignore]
+        self._calls.guard(self._entry).memory.save(path)  # type: ignore[attr-defined, unused-ignore]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "load_state_dict":
             raise AttributeError(name)
-        memory = self._store._guard(self._entry).memory
-        if self.kind not in REPEATED and callable(getattr(memory, name)):
-            self._store._note(self._entry)
-        return getattr(memory, name)
+        found = getattr(self._calls.guard(self._entry).memory, name)
+        if self.kind in REPEATED or not callable(found):
+            return found
+
+        @functools.wraps(found)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with self._calls.changing(self._entry) as guard:
+                return getattr(guard.memory, name)(*args, **kwargs)
+
+        return called
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name}: a stored memory changes by write and clear only")

@@ -55,7 +55,7 @@ def masks(draw, shape):
 
 
 LEADS = st.sampled_from(((), (1,), (2,), (2, 3)))
-WIDTHS = st.sampled_from((1, 2, 3, 4, 7, 8, 16, 17, 64, 65))
+WIDTHS = st.sampled_from((0, 1, 2, 3, 4, 7, 8, 16, 17, 64, 65))
 QUERIES = st.integers(0, 13)
 SIZES = st.one_of(st.integers(0, 20), st.sampled_from((63, 64, 65, 130, 300)))
 
@@ -83,18 +83,23 @@ def args_unit(draw):
 @st.composite
 def args_attention(draw):
     lead, q, d, dv = draw(LEADS), draw(QUERIES), draw(WIDTHS), draw(WIDTHS)
-    n, k = draw(SIZES.filter(bool)), draw(st.integers(1, 9))
+    n, k = draw(SIZES.filter(bool)), draw(st.integers(1, 9))  # attend() itself answers where there is no key
     positions, width = None, n
     if draw(st.booleans()):
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         positions, width = rng.integers(draw(st.sampled_from((-1, -n, 0))), n, (*lead, q, k)).clip(-1), k
+    keys, rows = draw(values((*lead, n, d))), draw(values((*lead, n, dv)))
+    mask = draw(st.none() | masks((*lead, q, width)))
+    if mask is not None and positions is None and draw(st.booleans()):  # what no query may see may hold anything
+        unseen = ~mask.any(axis=-2)
+        keys[unseen], rows[unseen] = np.nan, draw(st.sampled_from((np.nan, np.inf)))
     return (
         draw(values((*lead, q, d))),
-        draw(values((*lead, n, d))),
-        draw(values((*lead, n, dv))),
+        keys,
+        rows,
         positions,
-        1 / math.sqrt(d),
-        draw(st.none() | masks((*lead, q, width))),
+        1 / math.sqrt(max(d, 1)),
+        mask,
         0 if positions is None else draw(st.integers(0, n - 1)),
     )
 

@@ -194,6 +194,9 @@ def test_an_unreadable_file_is_named(demo, tmp_path, monkeypatch):
         ("--layers", "first", "--layers: expected a whole number, got 'first'. "),
         ("--layers", "1,,2", "--layers: expected a whole number, got ''. "),
         ("--k", "0", "--k: expected a whole number of at least 1, got 0. "),
+        ("--layers", "0,99", "--layers: expected 'all' or layers from 0 to 29, got 99. "),
+        ("--tokens", "9" * 5000, "--tokens: expected a whole number, got "),
+        ("--output", "/dev/null/deeper", "--output: expected a folder to write to, got /dev/null/deeper (Not a dir"),
         ("--speed", "9", "unrecognized arguments: --speed 9"),
     ],
 )

@@ -62,15 +62,71 @@ def test_a_loaded_memory_is_the_saved_one_and_goes_on_as_it_would(tmp_path, rng,
     assert type(a.output) is type(b.output) is np.ndarray
 
 
-def test_the_library_of_the_format_reads_the_file(saved):
-    arrays, state = safetensors.numpy.load_file(saved), counting().state_dict()
-    assert arrays.keys() == state.keys()
-    assert all(np.array_equal(arrays[name], state[name]) for name in state)
+KINDS = {
+    "KNNMemory": {"rows": 2, "heads": 2, "dim": 4, "capacity": 20},
+    "ContinuousMemory": {"rows": 2, "dim": 4, "basis": 8, "samples": 16, "sticky": True},
+    "RecurrentMemory": {"rows": 2, "dim": 4, "capacity": 6},
+    "CompressiveMemory": {"rows": 2, "dim": 4, "capacity": 4, "compressed": 3, "rate": 2, "method": "most_used"},
+    "HybridMemory": {"rows": 2, "heads": 2, "dim": 4, "capacity": 12, "basis": 8, "eviction": "least_attended"},
+}
 
 
-def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
-    counting().save(tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == saved.read_bytes()
+def lived(memory, step):
+    """What a memory answers in one step of its life, in which all that it can learn or draw is used."""
+    x = np.random.default_rng(step).standard_normal((2, 2, 5, 4)).astype(np.float32)
+    mean, variance = np.full((2, 3), 0.4), np.full((2, 3), 0.01)
+    match type(memory).__name__:
+        case "KNNMemory":
+            memory.write(x, x, tags=step)
+            return [memory.read(x, k=3).output]
+        case "ContinuousMemory":
+            memory.write(x[:, 0], attention=(mean, variance) if step % 2 else None)
+            return [memory.read(mean, variance).output]
+        case "HybridMemory":
+            memory.write(x, x)
+            return [memory.read(x, k=3).output]
+        case "CompressiveMemory":
+            memory.write(x[:, 0])
+            memory.attended(np.random.default_rng(step).random((2, 4)))
+            return [memory.tokens]
+    memory.write(x[:, 0], rows=None)
+    if step == 6:
+        memory.clear([1])
+    return [memory.tokens]
+
+
+def through_torch(memory, path):
+    import torch
+
+    torch.save({name: torch.from_numpy(array) for name, array in memory.state_dict().items()}, path)
+    return type(memory).from_state_dict(torch.load(path, weights_only=True))
+
+
+def through_safetensors(memory, path):
+    safetensors.numpy.save_file(memory.state_dict(), path)
+    return type(memory).from_state_dict(safetensors.numpy.load_file(path))
+
+
+WAYS = {
+    "state_dict": lambda memory, path: type(memory).from_state_dict(memory.state_dict()),
+    "torch.save": through_torch,
+    "safetensors": through_safetensors,
+    "save": lambda memory, path: memory.save(path) or perdure.load(path),
+    "mmap": lambda memory, path: memory.save(path) or perdure.load(path, mmap=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_goes_on_bit_for_bit_whatever_way_it_travelled(tmp_path, kind, way):
+    memory = getattr(perdure, kind)(**KINDS[kind])
+    for step in range(5):
+        lived(memory, step)
+    other = WAYS[way](memory, tmp_path / "m")
+    assert same(other, memory)
+    for step in range(5, 10):
+        assert all(np.array_equal(a, b) for a, b in zip(lived(memory, step), lived(other, step), strict=True))
+        assert same(other, memory)
 
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("knn-*")), ids=lambda path: path.name)
@@ -81,8 +137,30 @@ def test_files_of_every_version_open(path, mmap):
         assert np.array_equal(found[name], expected[name]), name
 
 
-def test_there_is_a_fixture_of_the_current_version():
-    assert (FIXTURES / f"knn-{file.VERSION}.safetensors").is_file()
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("*Memory-*")), ids=lambda path: path.name)
+def test_files_of_every_kind_and_version_open(path):
+    """Each was saved after four steps of `lived`."""
+    held, memory = safetensors.numpy.load_file(path), perdure.load(path)
+    found = memory.state_dict()
+    assert type(memory).__name__ == path.name.partition("-")[0]
+    assert all(np.array_equal(held[name], found[name]) for name in held.keys() - {"config"})
+    assert all(np.isfinite(answer).all() for answer in lived(memory, 4))
+
+
+@pytest.mark.parametrize("name", ["knn", *KINDS])
+def test_there_is_a_fixture_of_the_current_version(name):
+    assert (FIXTURES / f"{name}-{file.VERSION}.safetensors").is_file()
+
+
+def test_the_library_of_the_format_reads_the_file(saved):
+    arrays, state = safetensors.numpy.load_file(saved), counting().state_dict()
+    assert arrays.keys() == state.keys()
+    assert all(np.array_equal(arrays[name], state[name]) for name in state)
+
+
+def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
+    counting().save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == saved.read_bytes()
 
 
 def test_what_a_mapped_memory_changes_stays_its_own(saved):

@@ -35,11 +35,11 @@ def test_an_npy_is_read_as_a_stream(tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["1 2\n3 4\n", "1;2\n3;4", "x\ty\n1\t2\n3\t4\n", "\ufeff1,2\n\n# note\n3,4\n"])
 def test_common_layouts_are_understood(tmp_path, text):
-    from perdure.bindings.fit_command import read_samples
+    from perdure.bindings.samples import read_samples
 
     path = tmp_path / "x.csv"
     path.write_text(text, encoding="utf-8")
-    assert read_samples(path).tolist() == [[1, 2], [3, 4]]
+    assert read_samples("file", path).tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,7 @@ def test_common_layouts_are_understood(tmp_path, text):
         (b"1\n2\n", ["--segment", "0"]),
         (b"1\n2\n", ["--segment", "1", "--contraction", "2"]),
         (b"1\n2\n", ["--out", "/nowhere/at/all.npy"]),
+        (b"1\n2\n", ["--out", "/"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, content, arguments):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 import os
 import shutil
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from perdure.memory import bodies, catalogue, engine
+from perdure.memory import bodies, catalogue, engine, kinds, schema, writer
 from perdure.memory.protocol import Memory
 
 import perdure
@@ -134,6 +136,29 @@ def test_every_kind_is_stored_saved_and_repeated_to_the_bit(path, tmp_path, kind
                 store.checkpoint()
 
 
+def test_what_changes_while_a_commit_passes_is_left_to_the_next(path, monkeypatch):
+    keep = perdure.CompressiveMemory.attended
+
+    def attended(self, weights):
+        store.commit()  # by another thread, in the midst of the call
+        store.memory("b").write(segment()[:, 0])
+        store.commit()  # the cache holds one memory
+        keep(self, weights)
+
+    monkeypatch.setattr(perdure.CompressiveMemory, "attended", attended)
+    store = perdure.open(path, cache=1)
+    for name in "ab":
+        store.memory(name, kind="compressive", **KINDS["compressive"]).write(segment()[:, 0])
+    twin = perdure.CompressiveMemory.from_state_dict(store.memory("a").state_dict())
+    store.memory("a").attended(np.ones((2, 2)))
+    keep(twin, np.ones((2, 2)))
+    assert same(store.memory("a"), twin)
+    store.commit()
+    store = reopened(store, path)
+    assert same(store.memory("a"), twin)
+    store.close()
+
+
 def test_a_with_block_that_fails_commits_nothing(path):
     def failing():
         with perdure.open(path) as store:
@@ -216,6 +241,72 @@ def test_a_rejected_write_changes_nothing_and_is_not_remembered(path, wrong):
         assert same(store.memory("a"), before)
 
 
+def damaged(x, fault):
+    """`x` (rows, ..., n, dim) with a fault, or empty, or of another dtype."""
+    match fault:
+        case "nan" | "inf" | "-inf":
+            x = x.copy()
+            x[-1, ..., -1, 0] = float(fault)
+            return x
+        case "huge":
+            return x.astype(np.float64) * 1e300
+        case "dim":
+            return x[..., :-1]
+        case "rows":
+            return np.concatenate([x, x])
+        case "axes":
+            return x[0, ..., 0]
+        case "empty":
+            return x[..., :0, :]
+        case "object":
+            return x.astype(object)
+        case "list":
+            return x.tolist()
+    return x.astype(fault)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_written_a_memory_takes_it_whole_or_stays_as_it_is(path, kind):
+    good = segment(1) if "heads" in KINDS[kind] else segment(1)[:, 0]
+    twice = 1 + ("heads" in KINDS[kind])
+    refused = (
+        "nan",
+        "inf",
+        "-inf",
+        "huge",
+        "dim",
+        "rows",
+        "axes",
+        "object",
+        "list",
+        "int64",
+        "complex64",
+        "bool",
+        "S4",
+    )
+    with perdure.open(path) as store:
+        memory = store.memory(kind, kind=kind, **KINDS[kind])
+        memory.write(*[good] * twice)
+        store.commit()
+        before = memory.state_dict()
+        for fault in refused:
+            for place in range(twice):
+                arrays = [good] * twice
+                arrays[place] = damaged(good, fault)
+                with pytest.raises(perdure.PerdureError):
+                    memory.write(*arrays)
+                assert same(memory, before), f"{fault} in argument {place}"
+        memory.write(*[damaged(good, "empty")] * twice)
+        assert same(memory, before)
+        if "mask" in inspect.signature(kinds.class_of(kind).write).parameters:
+            memory.write(*[good] * twice, mask=np.zeros((2, 5), bool))
+            assert same(memory, before)
+        for dtype in ("float16", "float64"):
+            memory.write(*[good.astype(dtype)] * twice)
+    with perdure.open(path) as store:
+        assert all(np.isfinite(array).all() for array in store.memory(kind).state_dict().values())
+
+
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +355,35 @@ def test_a_memory_is_what_it_was_made_as(path):
         assert store.names() == ["a"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_that_are_unknown_missing_or_wrong_are_named(path, kind):
+    config = KINDS[kind]
+    wrong = [({**config, "colour": 3}, "colour")]
+    wrong += [({k: v for k, v in config.items() if k != gone}, f"{gone}: expected a value") for gone in ("rows", "dim")]
+    wrong += [({**config, "dim": value}, "dim") for value in (0, -1, 1.5, "4", None, [4], np.arange(3))]
+    with perdure.open(path) as store:
+        for settings, match in wrong:
+            with pytest.raises(perdure.ArgumentError, match=match):
+                store.memory("a", kind=kind, **settings)
+        for setting in config:
+            for value in (object(), {}, [[]], "no such thing", float("nan"), b""):
+                with contextlib.suppress(perdure.PerdureError):  # nothing else may come
+                    store.memory(f"{setting}", kind=kind, **{**config, setting: value})
+                    store.delete(f"{setting}")
+        for kind in (["knn"], 3, "", "KNNMemory"):
+            with pytest.raises(perdure.ArgumentError, match="kind: expected one of knn"):
+                store.memory("a", kind=kind, **config)
+        assert store.names() == []
+
+
+def test_settings_may_be_numbers_of_any_kind(path):
+    shape = {**SHAPE, "capacity": np.int64(40), "target_recall": np.float32(0.5)}
+    with perdure.open(path) as store:
+        store.memory("a", **shape)
+    with perdure.open(path) as store:
+        assert store.memory("a", **shape).capacity == store.memory("a", **SHAPE).capacity == 40
+
+
 def test_a_stored_memory_is_a_memory(path, tmp_path):
     with perdure.open(path) as store:
         memory = store.memory("a", **SHAPE)
@@ -307,7 +427,7 @@ def test_stores_of_every_version_open(path, tmp_path, old):
 
 
 def test_there_is_a_fixture_of_the_current_version():
-    assert (FIXTURES / f"store-{engine.VERSION}").is_dir()
+    assert (FIXTURES / f"store-{schema.VERSION}").is_dir()
 
 
 # ---- forgetting -----------------------------------------------------------------------------------------------------
@@ -355,6 +475,23 @@ def test_after_a_checkpoint_no_trace_is_left(path, how, between):
     assert store.memory("before").tokens.tolist() == store.memory("after").tokens.tolist() == [5, 5]
     store.verify()
     store.close()
+
+
+@pytest.mark.parametrize("where", ["database", "bodies"])
+def test_the_search_for_traces_finds_those_of_a_store_that_leaves_them(path, monkeypatch, where):
+    monkeypatch.setattr(schema, "PRAGMAS", (*schema.PRAGMAS, "secure_delete = OFF"))
+    monkeypatch.setattr(engine.Engine, "give_back", lambda self: None)
+    if where == "bodies":
+        monkeypatch.setattr(engine, "INLINE", 0)
+    marked = np.full((2, 2, 5, 4), np.frombuffer(b"KANA", np.float32)[0])
+    with perdure.open(path) as store:
+        for name in ("before", "marked", "after"):
+            store.memory(name, **SHAPE).write(segment(), segment())
+        store.memory("marked").write(marked, marked)
+        store.commit()
+        store.delete("marked")
+        store.checkpoint()
+        assert traces(path, b"KANAKANA")
 
 
 def test_a_name_can_be_used_again(path):
@@ -459,6 +596,44 @@ def test_after_a_kill_a_reader_and_a_writer_find_what_was_committed(path):
     with perdure.open(path) as store:
         assert store.memory("a").tokens.tolist() == [5, 5]
         store.verify()
+
+
+def test_a_log_that_is_gone_or_cut_after_a_kill_is_noticed(path, tmp_path):
+    with perdure.open(path) as store:
+        store.memory("a", **SHAPE).write(segment(), segment())
+    store = perdure.open(path)
+    store.memory("a").write(segment(1), segment(1))
+    store.commit()
+    shutil.copytree(path, tmp_path / "killed")
+    store.close()
+    log = tmp_path / "killed" / (schema.FILE + "-wal")
+    whole = log.read_bytes()
+    for left in (whole[:0], whole[:-100], whole[:40] + bytes(len(whole) - 40)):
+        log.write_bytes(left)
+        for readonly in (False, True):
+            with pytest.raises(perdure.FileError, match="the 2 commits that were acknowledged, got 1"):
+                perdure.open(tmp_path / "killed", readonly=readonly)
+        log.with_name(schema.FILE + "-shm").unlink(missing_ok=True)
+        log.write_bytes(whole)
+        shutil.copytree(tmp_path / "killed", tmp_path / "whole")
+        with perdure.open(tmp_path / "whole") as store:
+            assert store.memory("a").tokens.tolist() == [10, 10]
+        shutil.rmtree(tmp_path / "whole")
+    log.unlink()
+    (tmp_path / "killed" / writer.LOCK).unlink()
+    with perdure.open(tmp_path / "killed") as store:  # as the error says
+        assert store.memory("a").tokens.tolist() == [5, 5]
+        store.verify()
+
+
+@pytest.mark.parametrize("note", [b"", b"\0" * 20, b"9 comm", b"9 commits 00000000\n", b"-1", b"9" * 100])
+def test_a_note_that_is_none_claims_nothing(path, note):
+    with perdure.open(path) as store:
+        store.memory("a", **SHAPE)
+    (path / writer.LOCK).write_bytes(note)
+    for readonly in (True, False):
+        with perdure.open(path, readonly=readonly) as store:
+            assert store.names() == ["a"]
 
 
 def in_child(action):
@@ -658,7 +833,7 @@ store.close()
 )
 def test_a_database_with_another_schema_is_refused(path, statement):
     perdure.open(path).close()
-    with sqlite3.connect(path / engine.FILE) as connection:
+    with sqlite3.connect(path / schema.FILE) as connection:
         connection.execute(statement)
     connection.close()
     for readonly in (False, True):
@@ -668,14 +843,14 @@ def test_a_database_with_another_schema_is_refused(path, statement):
 
 def test_a_newer_store_is_refused_by_name(path):
     perdure.open(path).close()
-    with sqlite3.connect(path / engine.FILE) as connection:
+    with sqlite3.connect(path / schema.FILE) as connection:
         connection.execute("PRAGMA user_version = 9")
     connection.close()
     with pytest.raises(perdure.FileError, match=r"version 1 or older, got version 9.*Upgrade perdure"):
         perdure.open(path)
 
 
-@pytest.mark.parametrize("name", [engine.FILE, engine.FILE + "-wal", engine.FILE + "-shm", engine.LOCK, bodies.FILE])
+@pytest.mark.parametrize("name", [schema.FILE, schema.FILE + "-wal", schema.FILE + "-shm", writer.LOCK, bodies.FILE])
 @pytest.mark.parametrize("nature", ["link", "pipe", "folder"])
 def test_links_pipes_and_folders_in_a_store_are_refused(path, tmp_path, name, nature):
     perdure.open(path).close()

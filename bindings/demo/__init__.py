@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from ...backends.arrays import optional_import
+from ..arguments import folder_to_write
 from .inputs import FOLDER, LAYERS, MEMORY, TOKENS, Settings
 
 
@@ -37,13 +38,15 @@ def run(arguments: argparse.Namespace) -> None:
     """
     settings = Settings.parsed(arguments)
     document = settings.document()
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # on shared cores, PyTorch's threads otherwise spin while they wait
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else PyTorch's threads spin while they wait for shared cores
     for module, extra in (("torch", "transformers"), ("transformers", "transformers"), ("matplotlib.figure", "plot")):
         optional_import(module, extra)
+    from ..pretrained import LAYERS as DEPTH
     from ..pretrained import smollm2
     from .show import show
+
+    settings.fits(DEPTH)
+    folder_to_write("--output", settings.output)
 
     print("loading SmolLM2-135M (the first time it is unpacked into the cache folder, which takes longer)", flush=True)
     show(smollm2(), document, settings)

@@ -8,9 +8,10 @@ import stat
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ...backends.errors import ArgumentError, FileError
-from ...core import checks
+from ..arguments import whole_number, whole_numbers
 
 TOKENS, MEMORY, LAYERS, FOLDER = 4096, "512,2048,4096", "all", "demo-output"
 WINDOW = 512
@@ -36,7 +37,7 @@ class Settings:
     tokens, window, k : int
     memory : tuple of int
         Sizes in tokens, ascending.
-    layers : "all" or tuple of int
+    layers : tuple of int, or "all"
     output : Path
         Folder of the plot.
     """
@@ -44,7 +45,7 @@ class Settings:
     file: Path
     tokens: int
     memory: tuple[int, ...]
-    layers: str | tuple[int, ...]
+    layers: Literal["all"] | tuple[int, ...]
     k: int
     output: Path
     window: int = WINDOW
@@ -65,10 +66,22 @@ class Settings:
             file=Path(arguments.file) if arguments.file is not None else default_file(),
             tokens=whole_number("--tokens", arguments.tokens, least=2 * WINDOW),
             memory=tuple(sorted(whole_numbers("--memory", arguments.memory, least=1))),
-            layers=layers if layers == "all" else whole_numbers("--layers", layers, least=0),
+            layers="all" if layers == "all" else whole_numbers("--layers", layers, least=0),
             k=whole_number("--k", arguments.k, least=1),
             output=output,
         )
+
+    def fits(self, depth: int) -> None:
+        """A model of `depth` layers has every one of `layers`.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        if self.layers != "all" and max(self.layers) >= depth:
+            remedy = "Pass --layers all, or numbers separated by commas."
+            expected = f"'all' or layers from 0 to {depth - 1}"
+            raise ArgumentError("--layers", expected, str(max(self.layers)), remedy)
 
     def document(self) -> Document:
         """As much of the file as `tokens` can need.
@@ -117,28 +130,3 @@ def read_text(path: Path, limit: int) -> str:
     if not text.strip():
         raise FileError("--file", "a text", f"{path}, which is empty", "Name a longer text.")
     return text
-
-
-def whole_number(argument: str, text: str, least: int) -> int:
-    """`text` as a whole number of at least `least`.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    try:
-        return checks.count(argument, int(text), least)
-    except ValueError as error:
-        if isinstance(error, ArgumentError):
-            raise
-        raise ArgumentError(argument, "a whole number", repr(text), f"Pass {argument} {least}.") from error
-
-
-def whole_numbers(argument: str, text: str, least: int) -> tuple[int, ...]:
-    """Whole numbers separated by commas, without repetition.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    return tuple(dict.fromkeys(whole_number(argument, part.strip(), least) for part in text.split(",")))

@@ -85,9 +85,8 @@ def save_plot(results: list[Result], settings: Settings, title: str) -> Path:
         width = min(1024, max(len(losses) // 4, 1))
         smooth = np.convolve(losses, np.full(width, 1 / width), mode="valid")
         ends = settings.window + width + np.arange(len(smooth))
-        curves.plot(ends, np.exp(smooth), color=colour, label=result.name)
+        curves.plot(ends, np.exp(smooth), color=colour)  # named by the bar of the same colour
     curves.set(xlabel="tokens read", ylabel=f"perplexity of the last {width} tokens", yscale="log")
-    curves.legend(fontsize="small", loc="upper right")
     curves.yaxis.set_minor_formatter("{x:g}")
     curves.yaxis.set_major_formatter("{x:g}")
     figure.suptitle(f"{Path(title).name}, {len(results[0].losses)} tokens", fontsize="medium")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ...backends.errors import ArgumentError, FileError
+from ...backends.errors import FileError
+from ..arguments import folder_to_write
 from ..pretrained import Pretrained
 from ..transformers.attach import SINKS
 from ..transformers.document import token_ids
@@ -40,12 +41,8 @@ def show(pretrained: Pretrained, document: Document, settings: Settings) -> list
     if ids.shape[1] < 2 * settings.window:
         expected = f"a text of at least {2 * settings.window} tokens"
         raise FileError("--file", expected, f"{document.name} with {ids.shape[1]}", "Name a longer text.")
-    check_layers(pretrained.model, settings.layers)
-    try:
-        settings.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        received = f"{settings.output} ({error.strerror})"
-        raise FileError("--output", "a folder to write to", received, "Name another folder.") from error
+    settings.fits(pretrained.model.config.num_hidden_layers)
+    folder_to_write("--output", settings.output)
 
     n = ids.shape[1]
     print(f"{pretrained.name} reads {n} tokens of {document.name} in windows of {settings.window}")
@@ -84,16 +81,3 @@ def read_every_way(model: Any, ids: torch.Tensor, settings: Settings) -> list[Re
             bar.set_description(f"{i + 1} of {len(ways)}")
             results.append(way(model, ids, window, bar.update, **options))
     return results
-
-
-def check_layers(model: Any, layers: str | tuple[int, ...]) -> None:
-    """The model has every one of `layers`.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    last = model.config.num_hidden_layers - 1
-    if layers != "all" and max(layers) > last:
-        remedy = "Pass --layers all, or numbers separated by commas."
-        raise ArgumentError("--layers", f"'all' or layers from 0 to {last}", str(max(layers)), remedy)

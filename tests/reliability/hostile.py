@@ -18,7 +18,8 @@ import safetensors.numpy
 
 import perdure
 
-from .mutate import memory, resealed
+from .mutate import memory, resealed, watched
+from .workload import STORES
 
 SECONDS = 2
 
@@ -114,7 +115,7 @@ def refused(name, action):
     """`action` must raise the library's own error, soon, with little memory."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     try:
-        action()
+        watched(action)
     except perdure.PerdureError:
         pass
     else:
@@ -124,9 +125,10 @@ def refused(name, action):
     assert used < 512 << 10, f"{name}: took {used >> 10} MiB"
 
 
-def hostile(count, seed):
+def hostile(count, seed, under="durable"):
     """Every case, for the file of a memory and for every file of a store; `count` and `seed` do not matter."""
     done = 0
+    STORES[under].breaks()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         outside = folder / "outside"

@@ -9,12 +9,13 @@ import numpy as np
 
 import perdure
 
-from .workload import QUICK
+from .workload import QUICK, STORES
 
 KINDS = {
     "knn": {"rows": 3, "heads": 2, "dim": 4, "capacity": 50, "clip": None},
     "continuous": {"rows": 3, "dim": 4, "basis": 8, "samples": 16},
 }
+CLASSES = {"knn": perdure.KNNMemory, "continuous": perdure.ContinuousMemory}
 
 
 def same(a, b):
@@ -22,13 +23,13 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def isolation(count, seed):
+def isolation(count, seed, under="durable"):
     """`count` calls: writes to some rows, clears, deletes, commits, checkpoints, reopening with a commit or without."""
     rng, numbers = random.Random(seed), np.random.default_rng(seed)
     names = [f"name {i}" for i in range(8)]
     live, committed, owners, done = {}, {}, {}, {}
     with tempfile.TemporaryDirectory(dir=QUICK) as folder:
-        store = perdure.open(folder + "/store", cache=40_000)
+        store = STORES[under](folder + "/store", cache=40_000).store
         for n in range(count):
             name = rng.choice(names)
             call = rng.choices(
@@ -40,9 +41,7 @@ def isolation(count, seed):
                 kind = rng.choices(list(KINDS), (5, 1))[0] if name not in live else live[name][0]
                 config = KINDS[kind]
                 if name not in live:
-                    twin = {k: v for k, v in config.items() if k != "clip"}
-                    cls = perdure.KNNMemory if kind == "knn" else perdure.ContinuousMemory
-                    live[name] = kind, cls(**twin)
+                    live[name] = kind, CLASSES[kind](**{k: v for k, v in config.items() if k != "clip"})
                 memory, twin = store.memory(name, kind=kind, **config), live[name][1]
             match call:
                 case "write":
@@ -63,14 +62,14 @@ def isolation(count, seed):
                     del live[name]
                 case "commit" | "checkpoint":
                     store.commit() if call == "commit" else store.checkpoint()
-                    committed = {n: (k, type(m).from_state_dict(m.state_dict())) for n, (k, m) in live.items()}
+                    committed = {n: (k, m.state_dict()) for n, (k, m) in live.items()}
                 case "reopen" | "crash":
                     if call == "reopen":
                         store.commit()
-                        committed = {n: (k, type(m).from_state_dict(m.state_dict())) for n, (k, m) in live.items()}
+                        committed = {n: (k, m.state_dict()) for n, (k, m) in live.items()}
                     store.close()
                     store = perdure.open(folder + "/store", cache=40_000)
-                    live = {n: (k, type(m).from_state_dict(m.state_dict())) for n, (k, m) in committed.items()}
+                    live = {n: (k, CLASSES[k].from_state_dict(state)) for n, (k, state) in committed.items()}
                     assert store.names() == sorted(live), f"call {n}, seed {seed}"
                 case "compare":
                     assert same(memory, twin), f"call {n}, seed {seed}: {name} is not what was written"

@@ -53,6 +53,11 @@ def test_the_promise_holds(check):
         ("trace", 10, "forgetful", "but not flushed"),
         ("mutate_files", 300, "trusting", "not noticed"),
         ("mutate_stores", 200, "trusting", "not noticed"),
+        ("hostile", 1, "obliging", "accepted"),
+        ("readers", 300, "trusting", "is not as any commit|are not the names|every record|records that match"),
+        ("isolation", 300, "leaky", "is not what was written|another's token"),
+        ("threads", 5, "unlocked", "another token's|half|before|left|score"),
+        ("soak", 1, "hoarding", "times the live bytes"),
     ],
 )
 def test_a_store_that_breaks_the_promise_is_caught(check, count, under, because):

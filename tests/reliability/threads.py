@@ -1,24 +1,40 @@
-"""One writer and fifteen readers of one memory: whole writes or none, in an order that real time allows."""
+"""One thread writes a memory of a store, one commits, fourteen read: whole writes or none, in real time's order."""
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 
 import numpy as np
 
-import perdure
+from .workload import QUICK, STORES
 
-SEGMENT = 16
+SEGMENT, READERS = 16, 14
 
 
-def threads(count, seed):
+def threads(count, seed, under="durable"):
     """`count` seconds of 16 threads; every reader checks each answer against when it asked."""
-    memory = perdure.KNNMemory(rows=2, heads=2, dim=16, capacity=1000)
+    with tempfile.TemporaryDirectory(dir=QUICK) as folder:
+        store = STORES[under](folder + "/store").store
+        memory = store.memory("a", kind="knn", rows=2, heads=2, dim=16, capacity=1000, clip=None)
+        seen = crowd(store, memory, count, seed)
+        store.commit()
+        before = memory.state_dict()
+        store.close()
+        store = STORES[under](folder + "/store").store
+        after = store.memory("a").state_dict()
+        store.close()
+        assert all(np.array_equal(before[name], after[name]) for name in before), "reopened, it is another"
+    return {"seconds": count, **seen}
+
+
+def crowd(store, memory, count, seed):
+    """All sixteen at once, for `count` seconds."""
     rng = np.random.default_rng(seed)
     memory.search(rng.standard_normal((2, 2, 1, 16)), k=2)
     stop, failures = time.monotonic() + count, []
-    begun, ended, reads = [0], [0], [0] * 15
+    begun, ended, reads, commits = [0], [0], [0] * READERS, [0]
 
     def key(position):
         """The key of a token follows from its position, so that a torn write is seen."""
@@ -32,6 +48,12 @@ def threads(count, seed):
             memory.write(keys, keys, tags=np.broadcast_to(positions, (2, SEGMENT)))
             ended[0] = begun[0]
             time.sleep(0.0005)
+
+    def commit():
+        while time.monotonic() < stop and not failures:
+            commits[0] += 1
+            store.checkpoint() if commits[0] % 20 == 0 else store.commit()
+            time.sleep(0.002)
 
     def read(number):
         own = np.random.default_rng((seed, number))
@@ -64,12 +86,12 @@ def threads(count, seed):
         except BaseException as error:
             failures.append(error)
 
-    pool = [threading.Thread(target=guarded, args=(write,))]
-    pool += [threading.Thread(target=guarded, args=(read, i)) for i in range(15)]
+    pool = [threading.Thread(target=guarded, args=(action,)) for action in (write, commit)]
+    pool += [threading.Thread(target=guarded, args=(read, i)) for i in range(READERS)]
     for thread in pool:
         thread.start()
     for thread in pool:
         thread.join()
     assert failures == [], failures[0]
     assert min(reads) > 0
-    return {"seconds": count, "writes": ended[0] // SEGMENT, "reads": sum(reads)}
+    return {"writes": ended[0] // SEGMENT, "reads": sum(reads), "commits": commits[0]}

@@ -61,6 +61,11 @@ class Expected:
             self.parts.append({name: fingerprint({name: memory}) for name, memory in self.memories.items()})
         return self.after[step]
 
+    def names(self, step):
+        """The names of all memories after a step, sorted."""
+        self[step]
+        return sorted(self.parts[step])
+
     def part(self, step, name):
         """The fingerprint of one memory after a step; None where there is none."""
         self[step]
@@ -73,8 +78,13 @@ class Expected:
 class Durable:
     """The store under test."""
 
-    def __init__(self, path):
-        self.store = perdure.open(path)
+    def __init__(self, path, **options):
+        self.breaks()
+        self.store = perdure.open(path, **options)
+
+    @staticmethod
+    def breaks():
+        """What is wrong with it: here nothing."""
 
     def memory(self, name):
         return self.store.memory(name, kind="knn", clip=None, **CONFIG)
@@ -131,26 +141,78 @@ class Naive:
 class Forgetful(Durable):
     """The store, but nothing is flushed to the disk. It must not pass."""
 
-    def __init__(self, path):
-        from perdure.memory import bodies, engine
+    @staticmethod
+    def breaks():
+        from perdure.memory import bodies, schema
 
         bodies._flush = lambda descriptor: None
-        engine.PRAGMAS = tuple(p if "synchronous" not in p else "synchronous = OFF" for p in engine.PRAGMAS)
-        super().__init__(path)
+        schema.PRAGMAS = tuple(p if "synchronous" not in p else "synchronous = OFF" for p in schema.PRAGMAS)
 
 
 class Trusting(Durable):
     """The store, but checksums always match. It must not pass."""
 
-    def __init__(self, path):
-        from perdure.memory import engine, ledger
+    @staticmethod
+    def breaks():
+        from perdure.memory import engine, file, ledger
 
         ledger.link = lambda *anything: bytes(32)
         engine.row_digest = ledger.row_digest = lambda *anything: bytes(32)
-        super().__init__(path)
+        file._compare = lambda *anything: None
 
 
-STORES = {"durable": Durable, "naive": Naive, "forgetful": Forgetful, "trusting": Trusting}
+class Leaky(Durable):
+    """The store, but what is cleared stays. It must not pass."""
+
+    @staticmethod
+    def breaks():
+        from perdure.memory.guard import Guard
+
+        Guard.clear = lambda self, rows=None: None
+
+
+class Unlocked(Durable):
+    """The store, but readers and writers of a memory do not wait for one another. It must not pass."""
+
+    @staticmethod
+    def breaks():
+        from perdure.memory import lock
+
+        for side in (lock._Reading, lock._Writing):
+            side.__enter__ = side.__exit__ = lambda self, *anything: None
+
+
+class Obliging(Durable):
+    """The store, but whatever lies in a file's place is taken for a file. It must not pass."""
+
+    @staticmethod
+    def breaks():
+        from perdure.memory import bodies, disk, engine, writer
+
+        for module in (bodies, disk, engine, writer):
+            module.refuse_odd = lambda path, missing_ok=False: None
+
+
+class Hoarding(Durable):
+    """The store, but what was overwritten is kept. It must not pass."""
+
+    @staticmethod
+    def breaks():
+        from perdure.memory.catalogue import Catalogue
+
+        Catalogue.outgrown = Catalogue.compactable = staticmethod(lambda *anything: False)
+
+
+STORES = {
+    "durable": Durable,
+    "naive": Naive,
+    "forgetful": Forgetful,
+    "trusting": Trusting,
+    "leaky": Leaky,
+    "unlocked": Unlocked,
+    "obliging": Obliging,
+    "hoarding": Hoarding,
+}
 
 
 def work(store, start, told, stop=None):
