@@ -55,7 +55,8 @@ class ModelMemory(Keeping):
         self.last_trace: Trace | None = None
         self.restore: Any = None  # what detach needs
         self.staging = False
-        self._shifting, self._bounded = positions != "constant", positions == "clamped"
+        beside = settings["recent"] and limit is None  # what is recent keeps its distance, so positions go on
+        self._shifting, self._bounded = bool(positions != "constant" or beside), positions == "clamped"
         self._limit, self._frozen = limit, False
         self.history: list[list[int]] = []  # ids of all that each row has read; -1 where it was given embeddings
         self.following: torch.Tensor | None = None  # (rows,), where the next token of each row stands
