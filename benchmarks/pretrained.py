@@ -9,7 +9,7 @@
 3. definitions: the loss at uses of identifiers whose last mention is so far back that only memory reaches it, and how
    often what was retrieved there is one of those mentions. It takes its losses from the runs of 1.
 
-The document is a file of Python's standard library unless --document names one. Findings: docs/transformers.rst.
+The document is a file of Python's standard library unless --document names one. What was found: results/pretrained.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 WINDOW, SINKS, FAR, DEFAULT = 512, 4, 1024, "_pydecimal.py"
 POSITIONS = ("clamped", "true", "constant")
 QUICK: dict[str, Any] = {
-    "tokens": 10_240, "k": [32], "memory": ["all"], "positions": POSITIONS[:2], "lengths": [4096], "depths": [0.1, 0.5],
+    "tokens": 10_240, "k": [32], "memory": ["all"], "positions": POSITIONS[:1], "lengths": [4096], "depths": [0.1, 0.6],
 }  # fmt: skip
 FULL: dict[str, Any] = {
     "tokens": 32_768, "k": [8, 32, 128], "memory": [2048, 8192, "all"], "positions": POSITIONS,
@@ -184,8 +184,8 @@ def _token_at(ends: list[int], character: int) -> int:
 
 
 def at_uses(result: Result, uses: list[tuple[range, list[int]]]) -> dict[str, Any]:
-    """Mean loss of a whole identifier at those uses, and where it was traced, the share of them in whose prediction the
-    memory that stood out most is, or stands right before, an earlier mention; and what chance would give."""
+    """Mean loss of a whole identifier at those uses, and where it was traced, the share of them for one of whose tokens
+    the memory that stood out most is, or stands right before, an earlier mention; and what chance would give."""
     inside = [(use, told) for use, told in uses if use[-1] < len(result.losses)]
     row: dict[str, Any] = {
         "way": result.name,
@@ -196,11 +196,10 @@ def at_uses(result: Result, uses: list[tuple[range, list[int]]]) -> dict[str, An
         usual, hits, chance = result.trace.usual(), 0, 0.0
         for use, told in inside:
             near = {t + shift for t in told for shift in (-1, 0)}
-            draws = result.trace.draws(use[0] - 1)
-            if draws:
-                drawn = max(draws, key=lambda d: d.weight - usual[d.layer, d.head])
-                hits += drawn.position in near
-            chance += len(near) / use[0]
+            drawn = [result.trace.draws(token - 1) for token in use]
+            outstanding = [max(d, key=lambda draw: draw.weight - usual[draw.layer, draw.head]) for d in drawn if d]
+            hits += any(draw.position in near for draw in outstanding)
+            chance += 1 - (1 - len(near) / use[0]) ** len(use)
         row |= {"retrieved a mention": round(hits / max(len(inside), 1), 3)}
         row |= {"by chance": round(chance / max(len(inside), 1), 4)}
     return row

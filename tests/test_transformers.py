@@ -628,6 +628,11 @@ def test_models_that_memory_cannot_join_are_refused():
         attach(fixed)
     with pytest.raises(perdure.ArgumentError, match="a PreTrainedModel"):
         attach(torch.nn.Linear(2, 2))
+    other = llama(attn_implementation="flex_attention")
+    with pytest.raises(
+        perdure.ArgumentError, match=r"attention implementation sdpa or eager, got 'flex.*set_attn_impl"
+    ):
+        attach(other)
     model = llama()
     with pytest.raises(perdure.ArgumentError, match="detach"):
         attach(model) and attach(model)
@@ -664,7 +669,7 @@ def test_what_is_recent_is_read_whole(model, ids, recent, positions):
         torch.testing.assert_close(given, full, **EXACT)
     assert memory.tokens.tolist() == [40, 40]
     stores = memory.layers[0].stores
-    assert stores["recent"].tokens.tolist() == [min(recent, 36)] * 2
+    assert stores["recent"].tokens.tolist() == [min(recent, 40)] * 2
     assert memory.layers[0].written.tolist() == [40, 40]
 
 

@@ -30,6 +30,11 @@ def build(request):
     return request.param
 
 
+def checkpoint(model):
+    """Let the model compute its activations again in the backward pass; the method has two names over the versions."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 SETTINGS = [
@@ -69,7 +74,7 @@ def test_an_empty_memory_can_be_saved(build, ids, tmp_path):
 def test_what_waits_for_a_backward_pass_is_saved_too(ids, tmp_path):
     model = llama()
     memory = attach(model.train())
-    model.gradient_checkpointing_enable()
+    checkpoint(model)
     model(ids, labels=ids, use_cache=False).loss.backward()
     assert memory.tokens.tolist() == []
     memory.save(tmp_path / "memory")
@@ -242,7 +247,7 @@ def test_checkpointing_trains_to_the_same_gates():
         model = llama().train()
         memory = attach(model, mixing="gate", k=8)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         data = Segments(4)
         for step in range(4):

@@ -77,7 +77,12 @@ def attention(
         layer.stage(key, value, seam.angles)
     memories = [memory for memory in (layer, seam.tail) if memory is not None and not memory.empty]
     if not memories:
-        return own()
+        output, weights = own()
+        if torch.is_grad_enabled() and hasattr(
+            module, GATE
+        ):  # where only these learn, a first segment has a gradient too
+            output = output + 0 * (getattr(module, GATE) + getattr(module, SCALE)).sum().to(output.dtype)
+        return output, weights
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     at_hand = read_locally(query, key, value, attention_mask, scale)
     if dropout:  # the text at hand loses weights to dropout, after the softmax, as in the model's own attention
