@@ -221,6 +221,8 @@ def plot(kept: dict[str, Any], losses: dict[str, torch.Tensor], path: Path) -> N
     axes.axvline(kept["context"], color="grey", linestyle=":", label="end of the model's context")
     axes.set(xlabel="tokens read", ylabel=f"perplexity of {2 * WINDOW} tokens", yscale="log", title=kept["document"])
     axes.set_ylim(top=40)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -116,7 +116,13 @@ def attach(
     learned = not any(rotaries.values())
     near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
     sizes = {i: {"near": near, "far": capacity - near} if i in chosen else {"near": recent, "far": 0} for i in beside}
-    common = {"distance": distance, "sinks": sinks, "recent": recent, "k": k, "settings": {"index": index}}
+    common: dict[str, Any] = {
+        "distance": distance,
+        "sinks": sinks,
+        "recent": recent,
+        "k": k,
+        "settings": {"index": index},
+    }
     model.set_attn_implementation(implementation(base))
     if model.config._attn_implementation != implementation(base):
         remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."

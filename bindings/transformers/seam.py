@@ -102,7 +102,8 @@ def join(
     """What a layer with something remembered gives, (rows, query_heads, q, dim): both readings in one."""
     bias, factor = getattr(module, GATE, None), getattr(module, SCALE, None)
     keep = 0 if seam.memory.trace is None else seam.memory.trace.keep
-    beside, found = [], []
+    beside: list[Reading] = []  # what is read whole, as the text at hand is
+    found: list[Reading] = []
     for memory in memories:
         before = 0 if memory is seam.layer or seam.layer.empty else seam.layer.written  # a cache follows what was read
         asked = query if factor is None else query * factor.abs().to(query.dtype)[:, None, None]
