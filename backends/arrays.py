@@ -37,6 +37,10 @@ def known_framework(argument: str, array: Any) -> str:
         raise FrameworkError(
             argument, "an array of NumPy, PyTorch or CuPy", type(array).__name__, f"Pass np.asarray({argument})."
         )
+    if isinstance(array, np.matrix | np.ma.MaskedArray):  # they multiply otherwise, and a mask would be lost
+        raise FrameworkError(argument, "a plain array", type(array).__name__, f"Pass np.asarray({argument}).")
+    if name == "torch" and array.layout is not sys.modules["torch"].strided:
+        raise FrameworkError(argument, "a dense tensor", str(array.layout), f"Pass {argument}.to_dense().")
     return name
 
 
@@ -116,15 +120,27 @@ def is_floating(array: Any) -> bool:
     """Whether `array` holds real floating-point numbers that backends compute with: bfloat16 yes, long double no."""
     name = framework(array)
     if name == "torch":
-        return bool(array.is_floating_point())
+        return bool(array.is_floating_point()) and array.dtype.itemsize > 1  # PyTorch computes nothing in 8 bits
     if name == "numpy":
         return array.dtype.kind == "f" and array.dtype.itemsize <= 8
     return bool(namespace(array).isdtype(array.dtype, "real floating"))
 
 
+def inspectable(array: Any) -> bool:
+    """Whether the numbers of `array` can be looked at without waiting for a device, or breaking a compiled graph."""
+    if framework(array) == "torch":
+        return array.device.type == "cpu" and not sys.modules["torch"].compiler.is_compiling()
+    return framework(array) != "cupy"
+
+
 def cast(array: Any, dtype: Any) -> Any:
     """`array` in `dtype`; the same object where it is so already."""
     return array if array.dtype == dtype else namespace(array).astype(array, dtype)
+
+
+def name_of(dtype: Any) -> str:
+    """float32, int64, ...: what a dtype of any framework is called."""
+    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 
 
 def computing_dtype(*arrays: Any) -> Any:

@@ -1,4 +1,4 @@
-"""CuPy: the formulas on an NVIDIA or AMD GPU. NumPy inputs travel to the device and back."""
+"""CuPy: the formulas on an NVIDIA or AMD GPU, and CUDA C++ where they are slow. NumPy inputs travel there and back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from .arrays import optional_import
+from .cuda import attention, expected, histogram, retrieve, unit
 from .errors import BackendError
+
+__all__ = ["attention", "expected", "from_numpy", "histogram", "probe", "retrieve", "to_numpy", "unit"]
 
 
 def probe() -> None:

@@ -57,6 +57,10 @@ class MissingPackageError(BackendError, ImportError):
     """An optional package that is not installed; the remedy is the exact install line."""
 
 
+class DeviceMemoryError(BackendError, MemoryError):
+    """A device without room for what was asked; nothing has changed."""
+
+
 class FileError(PerdureError, OSError):
     """A file that cannot be read as what it should be."""
 

@@ -17,7 +17,13 @@ def to_numpy(array: Any) -> np.ndarray:
         array = cast(array, computing_dtype(array))
     if home == "numpy":
         return array
-    return np.asarray(array) if home == STANDARD else load(home).to_numpy(array)
+    return _standard_to_numpy(array) if home == STANDARD else load(home).to_numpy(array)
+
+
+def _standard_to_numpy(array: Any) -> np.ndarray:
+    """By way of its framework's default device, which shares main memory."""
+    home = namespace(array).__array_namespace_info__().default_device()
+    return np.asarray(array if array.device == home else array.to_device(home))
 
 
 def like(array: np.ndarray, reference: Any, dtype: Any = None) -> Any:

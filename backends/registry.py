@@ -21,6 +21,8 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from .arrays import STANDARD, cast, common_framework, computing_dtype, framework, is_floating, narrow
 from .errors import ArgumentError, BackendError
 
@@ -49,12 +51,12 @@ class Kernel:
         arrays = {str(i): a for i, a in enumerate(args) if framework(a) is not None}
         home = common_framework(**arrays)
         floats = [a for a in arrays.values() if is_floating(a)]
-        narrow, computing = floats[0].dtype, computing_dtype(*floats)
+        given, computing = floats[0].dtype, computing_dtype(*floats)
         args = tuple(cast(a, computing) if framework(a) is not None and is_floating(a) else a for a in args)
         result = self._compute(home, args)
         if not isinstance(result, tuple):
-            return self._narrow(result, narrow)
-        return tuple(r if i in self.wide else self._narrow(r, narrow) for i, r in enumerate(result))
+            return self._narrow(result, given)
+        return tuple(r if i in self.wide else self._narrow(r, given) for i, r in enumerate(result))
 
     def _compute(self, home: str, args: tuple[Any, ...]) -> Any:
         if home == STANDARD:
@@ -67,10 +69,15 @@ class Kernel:
         twin = getattr(module, self.name, None)
         result = NotImplemented if twin is None else twin(*args)
         if result is NotImplemented:
-            result = self.formula(*args)
+            result = self._silently(*args) if home == "numpy" else self.formula(*args)
         if travels:
             result = tuple(map(module.to_numpy, result)) if isinstance(result, tuple) else module.to_numpy(result)
         return result
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def _silently(self, *args: Any) -> Any:
+        """The formula on NumPy's arrays; what overflows is the caller's to tell, not NumPy's to warn of."""
+        return self.formula(*args)
 
     @staticmethod
     def _narrow(result: Any, dtype: Any) -> Any:

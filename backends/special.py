@@ -1,4 +1,7 @@
-"""The one special function the array API standard lacks and the densities need, found in each framework."""
+"""What the densities need and the array API standard lacks: the error function, found in each framework.
+
+Beside it the limits that formulas and their twins hold variances within, written once so that they cannot drift apart.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 from .arrays import framework
 from .exchange import like, to_numpy
 
+NARROWEST, WIDEST = 1e-12, 1e12  # variances: narrower than any basis sees, wider than [0, 1] can tell
 _HOMES = {"numpy": "scipy.special", "torch": "torch.special", "cupy": "cupyx.scipy.special"}
 
 

@@ -1,22 +1,36 @@
 """PyTorch: the formulas with autograd. CPU tensors that need no gradient share memory with the Numba twins,
-unless PyTorch itself was asked for with PERDURE_BACKEND or perdure.backend.
+unless PyTorch itself was asked for with PERDURE_BACKEND or perdure.backend. CUDA tensors share it with the CUDA
+kernels, where CuPy is there to start them.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from .arrays import framework, namespace, optional_import
-from .registry import current_backend
+from .errors import BackendError
+from .registry import current_backend, load
+
+KERNELS_ON = {"cuda"}  # types of devices that CUDA kernels run on; tests add the CPU
+OPERATORS: list[
+    ModuleType
+] = []  # the kernels as operators, once CuPy, which compiles and starts them, is found to work
 
 
 def probe() -> None:
     """Raise MissingPackageError unless PyTorch and its array-API layer are installed."""
     torch = optional_import("torch", extra="torch")
     namespace(torch.zeros(1))
+    if torch.cuda.is_available() and not OPERATORS:
+        with suppress(BackendError):  # then the formulas compute on the GPU
+            load("cupy")
+            OPERATORS.append(importlib.import_module(".cuda.operators", __package__))
 
 
 def from_numpy(array: np.ndarray, device: Any = None) -> Any:
@@ -58,8 +72,22 @@ def _through_numba(name: str, args: tuple[Any, ...]) -> Any:
     return tuple(map(torch.from_numpy, result)) if isinstance(result, tuple) else torch.from_numpy(result)
 
 
-def retrieve(*args: Any) -> Any:
-    return _through_numba("retrieve", args)
+def _on_gpu(*tensors: Any, differentiable: bool = False) -> ModuleType | None:
+    """The operators for these tensors, or None: other devices, or gradients that they do not have."""
+    import torch
+
+    if tensors[0].device.type not in KERNELS_ON or not OPERATORS:
+        return None
+    if not differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    return OPERATORS[0]
+
+
+def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int) -> Any:
+    if operators := _on_gpu(queries, keys):
+        fits = operators.retrieval.retrieve_fits(queries, keys, k, mask)
+        return operators.retrieve(queries, keys, k, space, mask, start) if fits else NotImplemented
+    return _through_numba("retrieve", (queries, keys, k, space, mask, start))
 
 
 def gaussians(*args: Any) -> Any:
@@ -70,13 +98,26 @@ def expected_basis(*args: Any) -> Any:
     return _through_numba("expected_basis", args)
 
 
-def histogram(*args: Any) -> Any:
-    return _through_numba("histogram", args)
+def expected(B: Any, mean: Any, variance: Any, centers: Any, widths: Any, density: str) -> Any:
+    if operators := _on_gpu(B, mean, variance, centers, widths):
+        fits = operators.density.expected_fits(B, mean, variance, density)
+        return operators.expected(B, mean, variance, centers, widths, density) if fits else NotImplemented
+    return NotImplemented
+
+
+def histogram(mean: Any, variance: Any, edges: Any, density: str) -> Any:
+    if operators := _on_gpu(mean, variance, edges):
+        fits = operators.density.histogram_fits(mean, variance, edges, density)
+        return operators.histogram(mean, variance, edges, density) if fits else NotImplemented
+    return _through_numba("histogram", (mean, variance, edges, density))
 
 
 def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int) -> Any:
     if positions is None:
         return _fused(queries, keys, values, scale, mask)
+    if operators := _on_gpu(queries, keys, values, differentiable=True):
+        fits = operators.neighbours.fits(queries, keys, values, positions, mask)
+        return operators.attention(queries, keys, values, positions, scale, mask, start) if fits else NotImplemented
     return _through_numba("attention", (queries, keys, values, positions, scale, mask, start))
 
 

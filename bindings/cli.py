@@ -45,9 +45,15 @@ def main(argv: Sequence[str] | None = None, version: str = "") -> int:
     except PerdureError as error:
         print(f"perdure {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG
+    except MemoryError as error:
+        print(f"perdure {arguments.command}: not enough memory. {error}".rstrip(), file=sys.stderr)
+        return WRONG
     except KeyboardInterrupt:
         print(f"perdure {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, as a rule
+        print(f"perdure {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG
     return 0

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.errors import ArgumentError
 from ..core.basis import gaussian_basis
 from ..core.positions import centred, fraction
 from ..core.signal import Signal, fit, penalty
 from ..memory.continuous import ContinuousMemory
 from .arguments import file_to_write, whole_number
 from .samples import read_samples
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     contraction = fraction("--contraction", arguments.contraction)
     for option in ("out", "plot"):
         file_to_write(f"--{option}", getattr(arguments, option))
+    if arguments.plot and Path(arguments.plot).suffix not in PICTURES:
+        raise ArgumentError("--plot", f"a name that ends in {', '.join(PICTURES)}", arguments.plot, "Name a picture.")
     x = read_samples("file", Path(arguments.file))
     start = time.perf_counter()
     if segment is None:

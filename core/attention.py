@@ -15,7 +15,7 @@ from ..backends import kernel
 from ..backends.arrays import cast, common_framework, namespace
 from ..backends.errors import ArgumentError, DTypeError
 from . import checks
-from .retrieval import Neighbours
+from .retrieval import Neighbours, blanked, seen_by_any
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ def attend(
     ------
     ShapeError, DTypeError, FrameworkError, ArgumentError
         Arrays that do not fit together, or positions outside the keys.
+    NonFiniteError
+        What a query saw is not finite, or its products overflow. Seen from the result, in main memory only: a GPU is
+        not made to wait, and there NaN comes back.
 
     Notes
     -----
@@ -80,9 +83,11 @@ def attend(
         if not xp.isdtype(positions.dtype, "integral"):
             raise DTypeError("positions", "integers", str(positions.dtype), "Pass the positions top_k returned.")
         checks.shape("positions", positions, queries.shape[-2], "k")
+        positions = cast(positions, xp.int64)  # PyTorch computes little with unsigned ones
         checks.within("positions", positions, -1, keys.shape[-2] - 1)
     width = keys.shape[-2] if positions is None else positions.shape[-1]
     checks.mask(mask, lead, queries.shape[-2], width)
+    common_framework(queries=queries, mask=mask)
     scale = 1 / math.sqrt(max(queries.shape[-1], 1)) if scale is None else checks.number("scale", scale)
     if keys.shape[-2] == 0 or width == 0:  # nothing to attend to: one forbidden key keeps graph and formula whole
         keys, values = (
@@ -90,6 +95,9 @@ def attend(
         )
         positions, mask = None, xp.zeros((1, 1), dtype=xp.bool, device=queries.device)
     output, lse = attention(queries, keys, values, positions, scale, mask, 0)
+    checks.outcome(queries, queries=queries)
+    checks.outcome(output, queries=queries, keys=keys, values=values)
+    checks.outcome(xp.where(lse == -math.inf, xp.zeros_like(lse), lse), queries=queries, keys=keys)
     shape = (*lead, *output.shape[-2:])
     if tuple(output.shape) != shape or tuple(lse.shape) != shape[:-1]:
         output, lse = xp.broadcast_to(output, shape), xp.broadcast_to(lse, shape[:-1])
@@ -105,8 +113,8 @@ def attention(
     if positions is None:
         allowed = xp.asarray(True, device=queries.device)
         if mask is not None:  # what no query may see is blank: 0 times NaN would be NaN
-            allowed = xp.broadcast_to(mask, (*mask.shape[:-2], *queries.shape[-2:-1], keys.shape[-2]))
-            seen = xp.any(allowed, axis=-2)[..., None]  # (..., n, 1)
+            allowed = mask
+            seen = seen_by_any(mask, queries.shape[-2], keys.shape[-2])
             keys, values = blanked(keys, seen), blanked(values, seen)
         scores = scale * (queries @ xp.matrix_transpose(keys))  # (..., q, n)
     else:
@@ -119,12 +127,6 @@ def attention(
     if positions is None:
         return weights @ values, lse
     return xp.sum(weights[..., None] * values, axis=-2), lse
-
-
-def blanked(vectors: Any, allowed: Any) -> Any:
-    """`vectors` with zeros where not `allowed`."""
-    xp = namespace(vectors)
-    return xp.where(allowed, vectors, xp.asarray(0, dtype=vectors.dtype, device=vectors.device))
 
 
 def gather(table: Any, slots: Any) -> Any:

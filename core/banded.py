@@ -13,14 +13,15 @@ from scipy.linalg import blas, lapack
 from .basis import Basis
 
 APART = 12.0  # widths between centres whose functions share nothing: exp(-12²/4) is float64's rounding
-NEGLIGIBLE = 1e-18  # beside the largest entry of a block: less than its rounding
+NEGLIGIBLE = 1e-17  # beside the largest entry of a block: less than its rounding
+STRIP = 32  # columns that are let go together
 SMALLEST = 32  # functions of a block: smaller products do not run at full speed
 
 
 def block_starts(basis: Basis) -> np.ndarray | None:
     """Where blocks of functions begin, so that only neighbours overlap, with N at the end; None for no gain."""
     n = len(basis)
-    if basis.kind != "gaussian" or (np.diff(basis.centers) < 0).any():
+    if not basis.ascending:
         return None
     ends = np.searchsorted(basis.centers, basis.centers + APART * basis.widths.max(), side="right")
     width = max(int((ends - np.arange(n)).max()), SMALLEST)
@@ -77,21 +78,19 @@ class BlockGram:
         out = np.zeros_like(F)
         seen: list[slice] = []
         for k, (rows, factor) in enumerate(zip(self.blocks, factors, strict=True)):
-            own = self.windows[k]
-            within = slice(min(seen[-1].start, own.start), max(seen[-1].stop, own.stop)) if k else own
+            within = _hull(self.windows[k], seen[-1]) if k else self.windows[k]
             part = F[rows, within].copy()
             if k:
-                part[:, : seen[-1].stop - within.start] -= couplings[k - 1] @ out[self.blocks[k - 1], seen[-1]]
+                part[:, _inside(seen[-1], within)] -= couplings[k - 1] @ out[self.blocks[k - 1], seen[-1]]
             seen.append(_store(out, rows, within, _solved(factor, part, trans=1)))
         for k in range(len(factors) - 1, -1, -1):
             rows, within = self.blocks[k], seen[k]
             if k < len(couplings):
                 above = seen[k + 1]
-                within = slice(min(within.start, above.start), max(within.stop, above.stop))
+                within = _hull(within, above)
             part = out[rows, within].copy()
             if k < len(couplings):
-                offset = above.start - within.start
-                part[:, offset : offset + above.stop - above.start] -= couplings[k].T @ out[self.blocks[k + 1], above]
+                part[:, _inside(above, within)] -= couplings[k].T @ out[self.blocks[k + 1], above]
             seen[k] = _store(out, rows, within, _solved(factors[k], part, trans=0))
         return out
 
@@ -102,20 +101,35 @@ def _nonzero_columns(F: np.ndarray) -> slice:
     return slice(int(seen[0]), int(seen[-1]) + 1) if seen.size else slice(0, 0)
 
 
+def _hull(a: slice, b: slice) -> slice:
+    """From the first column of both to the last of both; an empty one counts for nothing."""
+    if a.start == a.stop or b.start == b.stop:
+        return b if a.start == a.stop else a
+    return slice(min(a.start, b.start), max(a.stop, b.stop))
+
+
+def _inside(part: slice, whole: slice) -> slice:
+    """Where the columns `part` are among the columns `whole`."""
+    if part.start == part.stop:
+        return slice(0, 0)
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
 def _solved(factor: np.ndarray, part: np.ndarray, trans: int) -> np.ndarray:
     """L^-1 part (trans = 1), or L^-T part, computed in place on the transpose."""
     return blas.dtrsm(1.0, factor, part.T, side=1, lower=1, trans_a=trans, overwrite_b=1).T
 
 
 def _store(out: np.ndarray, rows: slice, within: slice, part: np.ndarray) -> slice:
-    """Write `part` into out[rows, within], but for outer columns below rounding; the columns written."""
-    size = np.abs(part).max(axis=0, initial=0.0)
-    kept = np.flatnonzero(size > NEGLIGIBLE * size.max(initial=0.0))
-    if not kept.size:
-        out[rows, within] = 0
-        return slice(within.start, within.start)
-    first, last = int(kept[0]), int(kept[-1]) + 1
-    out[rows, within] = 0
+    """Write `part` into out[rows, within], but for outer strips of columns below rounding; the columns written."""
+    bound = NEGLIGIBLE * max(part.max(initial=0.0), -part.min(initial=0.0))
+    first, last = 0, part.shape[1]
+    while first < last and np.abs(part[:, first : first + STRIP]).max() <= bound:
+        first = min(first + STRIP, last)
+    while first < last and np.abs(part[:, max(last - STRIP, first) : last]).max() <= bound:
+        last = max(last - STRIP, first)
+    out[rows, within.start : within.start + first] = 0
+    out[rows, within.start + last : within.stop] = 0
     stored = slice(within.start + first, within.start + last)
     out[rows, stored] = part[:, first:last]
     return stored

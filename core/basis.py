@@ -12,11 +12,12 @@ import numpy as np
 
 from ..backends import kernel
 from ..backends.arrays import computing_dtype, framework, namespace
-from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from ..backends.errors import ArgumentError, NonFiniteError, ShapeError
 from ..backends.exchange import like as like_of
 from . import checks
 
 KINDS = ("gaussian", "rectangular")
+FELT = {4: 5.5, 8: 9.0}  # by itemsize: in widths, how far from its centre a function is more than rounding of its peak
 SPREAD = 0.75  # default width over spacing: N functions keep nearly N degrees of freedom and stay well conditioned
 
 
@@ -34,8 +35,8 @@ class Basis:
 
     Raises
     ------
-    ArgumentError, ShapeError, NonFiniteError
-        Nothing but the shapes, finiteness and sign is checked here, so that any published basis can be built;
+    ArgumentError, ShapeError, DTypeError, NonFiniteError
+        Nothing but the shapes, numbers, finiteness and sign is checked here, so that any published basis can be built;
         `gaussian_basis` also refuses holes between neighbours.
 
     Notes
@@ -50,7 +51,7 @@ class Basis:
     def __post_init__(self) -> None:
         checks.choice("kind", self.kind, KINDS)
         for name in ("centers", "widths"):
-            array = np.array(getattr(self, name), dtype=np.float64)
+            array = checks.plain(name, getattr(self, name))
             if array.ndim != 1 or array.size == 0:
                 raise ShapeError(name, "shape (N,), N of at least 1", str(array.shape), "Pass a number a function.")
             if not np.isfinite(array).all():
@@ -60,7 +61,7 @@ class Basis:
         if self.centers.shape != self.widths.shape:
             raise ShapeError("widths", str(self.centers.shape), str(self.widths.shape), "Pass one width a centre.")
         if not (self.widths > 0).all():
-            raise ArgumentError("widths", "numbers above 0", repr(self.widths.min()), "Pass positive widths.")
+            raise ArgumentError("widths", "numbers above 0", f"{self.widths.min():.4g}", "Pass positive widths.")
         low, high = self.centers - self.widths / 2, self.centers + self.widths / 2
         if self.kind == "rectangular" and not np.allclose(low[1:], high[:-1], rtol=0, atol=1e-12):
             raise ArgumentError("centers", "adjoining bins in ascending order", "others", "Use rectangular_basis(n).")
@@ -110,6 +111,35 @@ class Basis:
             return rectangles(t, *self.beside(t, edges=True))
         return gaussians(t, *self.beside(t))
 
+    @functools.cached_property
+    def ascending(self) -> bool:
+        """Whether these are Gaussians in the order of their centres, so that neighbours in number are so in place."""
+        return self.kind == "gaussian" and bool((np.diff(self.centers) >= 0).all())
+
+    def felt(self, low: float, high: float, itemsize: int = 8) -> slice:
+        """Which functions are felt from `low` to `high`, by numbers of `itemsize` bytes; all, if in no order."""
+        if not self.ascending:
+            return slice(0, len(self))
+        reach = FELT[itemsize] * self.widths.max()
+        first, last = np.searchsorted(self.centers, [low - reach, high + reach])
+        return slice(int(first), int(last))
+
+    def near(self, t: np.ndarray) -> tuple[slice, np.ndarray]:
+        """Which functions are felt at positions `t` (T,), float64, and their values there: slice of n, (T, n)."""
+        if not self.ascending or not t.size:
+            return slice(0, len(self)), self(t)
+        functions = self.felt(t.min(), t.max())
+        return functions, gaussians(t, self.centers[functions], self.widths[functions])
+
+    def sampled(self, functions: slice, t: np.ndarray) -> tuple[slice, np.ndarray]:
+        """At which of ascending positions `t` (T,), `functions` are felt, and their values: slice of m and (m, n)."""
+        if not self.ascending:
+            return slice(0, t.size), self(t)[:, functions]
+        centers, widths = self.centers[functions], self.widths[functions]
+        reach = FELT[8] * self.widths.max()
+        first, last = np.searchsorted(t, [centers[0] - reach, centers[-1] + reach])
+        return slice(int(first), int(last)), gaussians(t[first:last], centers, widths)
+
     def beside(self, like: Any, edges: bool = False) -> tuple[Any, ...]:
         """Centres and widths (or only the `edges`) as arrays beside `like`, in the dtype it is computed in."""
         arrays = (self.edges,) if edges else (self.centers, self.widths)
@@ -136,6 +166,8 @@ def gaussian_basis(n: int, widths: float | Sequence[float] | None = None) -> Bas
     ArgumentError
         n below 1 or no multiple of k; or every width below half the spacing of the centres, which leaves holes that
         no function reaches.
+    DTypeError, NonFiniteError
+        Widths that are no numbers, or not finite.
 
     Notes
     -----
@@ -151,7 +183,7 @@ def gaussian_basis(n: int, widths: float | Sequence[float] | None = None) -> Bas
     n = checks.count("n", n)
     if widths is None:
         widths = SPREAD / max(n - 1, 1)
-    each = np.atleast_1d(np.asarray(widths, dtype=np.float64))
+    each = np.atleast_1d(checks.plain("widths", widths))
     if each.ndim != 1 or each.size == 0 or n % each.size:
         raise ArgumentError(
             "n", f"a multiple of the {each.size} widths", str(n), f"Pass n={n + -n % max(each.size, 1)} or one width."
@@ -213,23 +245,36 @@ def rectangles(t: Any, edges: Any) -> Any:
     return xp.astype(inside, t.dtype)
 
 
-def positions_in(argument: str, t: Any, like: Any) -> Any:
-    """`t` as an array beside `like` of positions in [0, 1]; plain Python numbers are taken too.
+def positions_in(argument: str, t: Any, /, **beside: Any) -> Any:
+    """`t` as an array of positions in [0, 1] beside the one array named in `beside`; plain numbers are taken too.
 
     Raises
     ------
     FrameworkError, DTypeError, NonFiniteError, ArgumentError
     """
+    checks.floating_arrays(**beside)
+    (like,) = beside.values()
     xp = namespace(like)
     if framework(t) is None:
-        try:
-            t = like_of(np.asarray(t, dtype=np.float64), like, computing_dtype(like))
-        except (TypeError, ValueError) as error:
-            raise DTypeError(argument, "numbers in [0, 1]", type(t).__name__, "Pass an array of floats.") from error
-    checks.floating_arrays(like=like, **{argument: t})
+        t = like_of(checks.plain(argument, t), like, computing_dtype(like))
+    checks.floating_arrays(**beside, **({} if argument in beside else {argument: t}))
     checks.finite(**{argument: t})
     if not bool(xp.all((t >= 0) & (t <= 1))):
         raise ArgumentError(
             argument, "positions within [0, 1]", f"{float(xp.min(t)):.4g} to {float(xp.max(t)):.4g}", "Scale them."
         )
     return t
+
+
+def edges_in(edges: Any, **beside: Any) -> Any:
+    """`edges` as an ascending array (D + 1,) of positions in [0, 1], D of at least 1, as `positions_in` takes them.
+
+    Raises
+    ------
+    FrameworkError, DTypeError, NonFiniteError, ArgumentError, ShapeError
+    """
+    edges = positions_in("edges", edges, **beside)
+    checks.shape("edges", edges, "D + 1", whole=True)
+    if edges.shape[0] < 2 or not bool(namespace(edges).all(edges[1:] >= edges[:-1])):
+        raise ArgumentError("edges", "two positions or more, ascending", str(edges)[:80], "Sort them.")
+    return edges

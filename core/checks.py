@@ -13,11 +13,14 @@ from ..backends.arrays import (
     common_framework,
     computing_dtype,
     framework,
+    inspectable,
     is_floating,
     known_framework,
     namespace,
 )
 from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from ..backends.exchange import to_numpy
+from ..backends.registry import current_backend, load
 
 
 def floating_arrays(**arrays: Any) -> None:
@@ -26,8 +29,11 @@ def floating_arrays(**arrays: Any) -> None:
     Raises
     ------
     FrameworkError, DTypeError
+    BackendError
+        The backend chosen for NumPy's arrays is unknown or unusable.
     """
-    common_framework(**arrays)
+    if common_framework(**arrays) == "numpy":
+        load(current_backend())  # refused here too, where no kernel would ask who computes
     for argument, array in arrays.items():
         if array is not None and not is_floating(array):
             raise DTypeError(
@@ -82,6 +88,35 @@ def leading(**arrays: tuple[Any, int]) -> tuple[int, ...]:
     return common
 
 
+def plain(argument: str, value: Any) -> np.ndarray:
+    """`value`, a number or nested sequences of numbers, as a float64 array of its own.
+
+    Raises
+    ------
+    DTypeError
+    """
+    try:
+        array = np.asarray(to_numpy(value) if framework(value) is not None else value)
+    except (TypeError, ValueError):  # rows of unequal length
+        array = np.empty(0, object)
+    if array.dtype.kind not in "fiu":
+        raise DTypeError(argument, "numbers", type(value).__name__, f"Pass {argument} as floats.")
+    return array.astype(np.float64)
+
+
+def generator(argument: str, value: Any) -> None:
+    """`value` is None or draws random numbers as NumPy's generators do.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if not isinstance(value, np.random.Generator | None):
+        raise ArgumentError(
+            argument, "a numpy.random.Generator", type(value).__name__, f"Pass {argument}=np.random.default_rng(0)."
+        )
+
+
 def count(argument: str, value: Any, least: int = 1) -> int:
     """`value` as an int of at least `least`.
 
@@ -134,7 +169,7 @@ def choice(argument: str, value: Any, known: tuple[str, ...]) -> str:
     ------
     ArgumentError
     """
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ArgumentError(argument, f"one of {', '.join(known)}", repr(value), f"Pass {argument}={known[0]!r}.")
     return value
 
@@ -180,6 +215,24 @@ def finite(**arrays: Any) -> None:
     for argument, array in arrays.items():
         if array is not None and not bool(namespace(array).all(namespace(array).isfinite(array))):
             raise NonFiniteError(argument, "finite numbers", "NaN or infinity", f"Clean {argument} before passing it.")
+
+
+def outcome(result: Any, **arrays: Any) -> None:
+    """`result` is finite; where it is not, one of `arrays`, which it was computed from, is to blame.
+
+    Looks at what was made rather than at what was given, which may hold anything where it does not count. Not done on
+    a GPU, which would have to be waited for, nor inside a compiled graph.
+
+    Raises
+    ------
+    NonFiniteError
+    """
+    if not inspectable(result) or bool(namespace(result).all(namespace(result).isfinite(result))):
+        return
+    finite(**arrays)
+    first, *others = arrays
+    expected, received = "products and sums within the range of the dtype", "some beyond it"
+    raise NonFiniteError(first, expected, received, f"Normalise or scale {', '.join([first, *others])}.")
 
 
 def measurable(**vectors: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..backends.arrays import cast, namespace
+from ..backends.arrays import cast, known_framework, namespace
 from ..backends.errors import ArgumentError, ShapeError
 from . import checks
 
@@ -54,14 +54,15 @@ def compress(x: Any, rate: int, method: str = "mean", weights: tuple[Any, ...] =
     """
     rate = checks.count("rate", rate)
     checks.choice("method", method, METHODS)
-    checks.floating_arrays(x=x, usage=usage, **{f"weights[{i}]": w for i, w in enumerate(weights)})
+    checks.floating_arrays(x=x, usage=usage)
     checks.shape("x", x, "n", "d")
     n, d = x.shape[-2:]
     if n % rate:
         raise ShapeError(
             "x", f"a multiple of {rate} states", str(tuple(x.shape)), "Hold the rest back until it is one."
         )
-    checked_weights(method, rate, d, weights)
+    weights = checked_weights(method, rate, d, weights)
+    checks.floating_arrays(x=x, **_named(weights))
     if method == "most_used":
         if usage is None:
             raise ArgumentError("usage", "an array (..., n) for most_used", "None", "Pass the attention states drew.")
@@ -78,18 +79,30 @@ def compress(x: Any, rate: int, method: str = "mean", weights: tuple[Any, ...] =
     return dilated(blocks, *weights)
 
 
-def checked_weights(method: str, rate: int, d: int, weights: tuple[Any, ...]) -> None:
-    """Raise unless `weights` are those that the method takes.
+def _named(weights: tuple[Any, ...]) -> dict[str, Any]:
+    return {f"weights[{i}]": w for i, w in enumerate(weights)}
+
+
+def checked_weights(method: str, rate: int, d: int, weights: Any) -> tuple[Any, ...]:
+    """`weights` as a tuple, if they are those that the method takes.
 
     Raises
     ------
-    ShapeError
+    ArgumentError, ShapeError, DTypeError, FrameworkError
     """
+    if not isinstance(weights, list | tuple):
+        raise ArgumentError("weights", "a tuple of arrays", type(weights).__name__, "Pass (kernel, bias).")
+    weights = tuple(weights)
+    for name, array in _named(weights).items():
+        known_framework(name, array)
+    if weights:
+        checks.floating_arrays(**_named(weights))
     layers = layers_for(rate)
     shapes = {"conv": ((d, d, rate), (d,)), "dilated": ((layers, d, d, 2), (layers, d))}.get(method, ())
     came = tuple(tuple(w.shape) for w in weights)
     if came != shapes:
         raise ShapeError("weights", f"{shapes or 'none'} for {method}", str(came or "none"), "Pass kernel and bias.")
+    return weights
 
 
 def layers_for(rate: int) -> int:

@@ -16,9 +16,8 @@ from . import original as published
 from .basis import Basis, gaussians
 from .positions import after_contraction, centred
 from .ridge import CACHE, FitOperator, beside, fit_operator
-from .windows import Windows, multiply, on_cpu, windows
+from .windows import TILE, Windows, multiply, on_cpu, windows
 
-SEEN = {4: 5.5, 8: 8.5}  # by itemsize: how many widths from its centre a basis function is still felt
 SAMPLES_AT_ONCE = 64
 
 
@@ -66,8 +65,11 @@ class Scheme:
         """C (N, N), float64, kept."""
 
         def make() -> np.ndarray:
-            old = operator.matrix[:, : self.samples]
-            made = multiply(old, windows(old, 8), self.basis(self.old_positions()))
+            made, t = np.empty((len(self.basis), len(self.basis))), self.old_positions()
+            for first in range(0, len(self.basis), TILE):
+                some = slice(first, first + TILE)
+                felt, psi = self.basis.sampled(some, t)
+                np.matmul(operator.matrix[:, felt], psi, out=made[:, some])
             made.setflags(write=False)
             return made
 
@@ -128,7 +130,7 @@ def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
     """
     if not _narrow(basis) or not on_cpu(B):
         return basis(like_of(where, B)) @ B
-    reach = SEEN[4 if "32" in str(B.dtype) else 8] * basis.widths.max()
+    itemsize = 4 if "32" in str(B.dtype) else 8
     at, runs = like_of(where, B), range(0, where.shape[-1], SAMPLES_AT_ONCE)
     centers, widths = basis.beside(B)
     out = np.empty((*where.shape, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
@@ -138,7 +140,7 @@ def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
         for first in runs:
             some = slice(first, first + SAMPLES_AT_ONCE)
             t = where[row][some]
-            near = slice(*np.searchsorted(basis.centers, [t[0] - reach, t[-1] + reach]))
+            near = basis.felt(t[0], t[-1], itemsize)
             psi = gaussians(at[row][some], centers[near], widths[near])
             if out is None:
                 parts.append(psi @ B[row][near, ...])
@@ -153,4 +155,4 @@ def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
 
 def _narrow(basis: Basis) -> bool:
     """Whether looking only at the functions near a position saves anything."""
-    return basis.kind == "gaussian" and len(basis) > 2 * SAMPLES_AT_ONCE and not (np.diff(basis.centers) < 0).any()
+    return basis.ascending and len(basis) > 2 * SAMPLES_AT_ONCE

@@ -23,13 +23,12 @@ from ..backends.arrays import cast, computing_dtype, framework, namespace
 from ..backends.errors import ArgumentError
 from ..backends.exchange import like as like_of
 from ..backends.exchange import to_numpy
-from ..backends.special import erf
+from ..backends.special import NARROWEST, WIDEST, erf
 from . import checks
-from .basis import positions_in
-from .signal import Signal
+from .basis import edges_in, positions_in
+from .signal import Signal, looked_at
 
 DENSITIES = ("truncated_gaussian", "gaussian", "sparsemax", "biweight")
-NARROWEST, WIDEST = 1e-12, 1e12  # variances
 # p(m + a u) a = sum_k polynomial[k] u^k on [-1, 1]
 POLYNOMIALS = {"sparsemax": (3 / 4, 0, -3 / 4), "biweight": (15 / 16, 0, -15 / 8, 0, 15 / 16)}
 # exact to rounding while the support is narrower than a function
@@ -65,16 +64,15 @@ def expected_value(signal: Signal, mean: Any, variance: Any, density: str = "tru
     Source: ∞-former (arXiv 2109.00301), section 3.1. Differs from the paper in the default density: the paper's
     Gaussian leaves more than half of its mass outside [0, 1] before training.
     """
-    if not isinstance(signal, Signal):
-        raise ArgumentError("signal", "a Signal", type(signal).__name__, "Pass what perdure.fit returned.")
-    B = signal.coefficients
-    mean, variance = looking(mean, variance, density, B)
-    checks.leading(signal=(B, 2), mean=(mean, 1), variance=(variance, 1))
+    mean, variance = looking(mean, variance, density, signal=looked_at(signal))
+    looked_at(signal, mean=(mean, 1), variance=(variance, 1))
     if signal.basis.kind == "rectangular":
         seen = interval_mass(mean, variance, *signal.basis.beside(mean, edges=True), density)
+    elif mean.dtype == signal.coefficients.dtype:
+        return cast(expected(signal.coefficients, mean, variance, *signal.basis.beside(mean), density), signal.dtype)
     else:
         seen = expected_basis(mean, variance, *signal.basis.beside(mean), density)  # (..., q, N)
-    return cast(cast(seen, B.dtype) @ B, signal.dtype)
+    return signal.weighted(seen)
 
 
 def mass(mean: Any, variance: Any, edges: Any, density: str = "truncated_gaussian") -> Any:
@@ -96,8 +94,8 @@ def mass(mean: Any, variance: Any, edges: Any, density: str = "truncated_gaussia
     ------
     ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
     """
-    mean, variance = looking(mean, variance, density, mean)
-    return interval_mass(mean, variance, cast(positions_in("edges", edges, mean), mean.dtype), density)
+    mean, variance = looking(mean, variance, density, mean=mean)
+    return interval_mass(mean, variance, cast(edges_in(edges, mean=mean), mean.dtype), density)
 
 
 def attention_mass(mean: Any, variance: Any, edges: np.ndarray, density: str) -> np.ndarray:
@@ -109,25 +107,31 @@ def attention_mass(mean: Any, variance: Any, edges: np.ndarray, density: str) ->
     return to_numpy(histogram(mean, variance, bins, density)).astype(np.float64)
 
 
-def looking(mean: Any, variance: Any, density: str, like: Any) -> tuple[Any, Any]:
-    """`mean` and `variance` checked, and widened to what they are computed in.
+def looking(mean: Any, variance: Any, density: str, /, **beside: Any) -> tuple[Any, Any]:
+    """`mean` and `variance` checked beside the one array named in `beside`, and widened to what they are computed in.
 
     Raises
     ------
     ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
     """
     checks.choice("density", density, DENSITIES)
-    mean = positions_in("mean", mean, like)
+    mean = positions_in("mean", mean, **beside)
     checks.shape("mean", mean, "q")
     xp = namespace(mean)
     mean = cast(mean, computing_dtype(mean))
     if framework(variance) is None:
-        variance = like_of(np.full((1,), variance, dtype=np.float64), mean)
+        variance = like_of(np.atleast_1d(checks.plain("variance", variance)), mean)
     checks.floating_arrays(mean=mean, variance=variance)
     checks.leading(mean=(mean, 0), variance=(variance, 0))
     if not bool(xp.all((variance > 0) & xp.isfinite(variance))):
         raise ArgumentError("variance", "finite numbers above 0", "others", "Clamp it, to at least 1e-6 for example.")
     return mean, cast(variance, mean.dtype)
+
+
+@kernel
+def expected(B: Any, mean: Any, variance: Any, centers: Any, widths: Any, density: str) -> Any:
+    """E[psi(t)]^T B: (..., N, e), (..., q), (..., q), (N,), (N,) -> (..., q, e)."""
+    return expected_basis(mean, variance, centers, widths, density) @ B
 
 
 @kernel

@@ -13,10 +13,11 @@ import numpy as np
 from ..backends.arrays import cast, computing_dtype, namespace
 from ..backends.errors import ArgumentError
 from ..backends.exchange import like as like_of
+from ..backends.exchange import to_numpy
 from . import checks
 from .attention import masked_softmax
-from .basis import Basis, positions_in
-from .signal import Signal
+from .basis import Basis, edges_in
+from .signal import Signal, looked_at
 
 
 def gibbs_value(signal: Signal, energies: Any) -> Any:
@@ -51,13 +52,9 @@ def gibbs_value(signal: Signal, energies: Any) -> Any:
     array([[3.5],
            [1.5]])
     """
-    if not isinstance(signal, Signal):
-        raise ArgumentError("signal", "a Signal", type(signal).__name__, "Pass what perdure.fit returned.")
-    B = signal.coefficients
-    checks.floating_arrays(signal=B, energies=energies)
-    checks.leading(signal=(B, 2), energies=(energies, 2))
-    shares = gibbs_shares(energies, signal.basis)
-    return cast(cast(shares, B.dtype) @ B, signal.dtype)
+    checks.floating_arrays(signal=looked_at(signal), energies=energies)
+    looked_at(signal, energies=(energies, 2))
+    return signal.weighted(gibbs_shares(energies, signal.basis))
 
 
 def gibbs_mass(energies: Any, basis: Basis, edges: Any) -> Any:
@@ -81,7 +78,7 @@ def gibbs_mass(energies: Any, basis: Basis, edges: Any) -> Any:
     """
     checks.floating_arrays(energies=energies)
     shares = gibbs_shares(energies, basis)
-    edges = np.asarray(cast(positions_in("edges", edges, energies), computing_dtype(energies)))
+    edges = to_numpy(edges_in(edges, energies=energies))
     # the part of every bin left of every edge: cumulative, so that neighbours subtract
     below = np.clip((edges[:, None] - basis.edges[:-1]) / basis.widths, 0, 1)  # (D + 1, N)
     return shares @ like_of(np.ascontiguousarray((below[1:] - below[:-1]).T), shares)
@@ -94,8 +91,8 @@ def gibbs_shares(energies: Any, basis: Basis) -> Any:
     ------
     ArgumentError, ShapeError, NonFiniteError
     """
-    if basis.kind != "rectangular":
-        raise ArgumentError("basis", "a rectangular basis", f"a {basis.kind} one", "Use perdure.rectangular_basis(n).")
+    if not isinstance(basis, Basis) or basis.kind != "rectangular":
+        raise ArgumentError("basis", "a rectangular basis", repr(basis)[:80], "Use perdure.rectangular_basis(n).")
     checks.shape("energies", energies, "q", len(basis))
     checks.finite(energies=energies)
     wide = cast(energies, computing_dtype(energies))

@@ -21,7 +21,7 @@ def affine(q: Any, B: Any, W_K: Any, w_mean: Any, w_variance: Any, floor: float)
     """
     xp = namespace(q)
     seen = xp.stack([w_mean, w_variance]) @ B  # B^T w: (rows, 2, e)
-    keys = W_K @ xp.matrix_transpose(seen)[:, None]  # (rows, heads, d, 2)
+    keys = W_K @ xp.matrix_transpose(seen)[:, None, ...]  # (rows, heads, d, 2)
     scores = (q @ keys) / math.sqrt(q.shape[-1])  # (rows, heads, n, 2)
     mean = 0.5 + 0.5 * xp.tanh(0.5 * scores[..., 0])  # the sigmoid, whose gradient overflows nowhere
     return mean, at_least(softplus(scores[..., 1]), floor)
@@ -33,7 +33,7 @@ def moments(q: Any, B: Any, W_K: Any, centers: Any, widths: Any, floor: float) -
     Source: ∞-former, the authors' code without affine maps.
     """
     xp = namespace(q)
-    keys = B[:, None] @ xp.matrix_transpose(W_K)  # (rows, heads, N, d)
+    keys = B[:, None, ...] @ xp.matrix_transpose(W_K)  # (rows, heads, N, d)
     scores = (q @ xp.matrix_transpose(keys)) / math.sqrt(q.shape[-1])
     weights, _ = masked_softmax(scores, xp.asarray(True, device=q.device))
     mean = weights @ centers

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import kernel
-from ..backends.arrays import cast, namespace
+from ..backends.arrays import cast, common_framework, namespace
 from . import checks
 
 SPACES = ("ip", "cosine", "l2")
@@ -49,7 +49,7 @@ def top_k(queries: Any, keys: Any, k: int, space: str = "ip", mask: Any = None) 
     space : {"ip", "cosine", "l2"}
         Scores are `q·k`, `q·k/(|q||k|)` (0 for a zero vector), or `-|q-k|²`.
     mask : bool array, broadcastable to (..., q, n); optional
-        True where a key may be retrieved.
+        True where a key may be retrieved. A key that no query may see may hold anything, NaN included.
 
     Returns
     -------
@@ -79,6 +79,9 @@ def top_k(queries: Any, keys: Any, k: int, space: str = "ip", mask: Any = None) 
     checks.shape("keys", keys, "n", queries.shape[-1])
     lead = checks.leading(queries=(queries, 2), keys=(keys, 2))
     checks.mask(mask, lead, queries.shape[-2], keys.shape[-2])
+    common_framework(queries=queries, mask=mask)
+    if mask is not None:
+        keys = blanked(keys, seen_by_any(mask, queries.shape[-2], keys.shape[-2]))
     checks.measurable(queries=queries, keys=keys)
     return Neighbours(*retrieve(queries, keys, k, space, mask, 0))
 
@@ -105,6 +108,18 @@ def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int)
         best = xp.concat([best, xp.broadcast_to(nothing, shape)], axis=-1)
         positions = xp.concat([positions, xp.full(shape, -1, dtype=positions.dtype, device=best.device)], axis=-1)
     return best, cast(positions, xp.int64)
+
+
+def seen_by_any(mask: Any, q: int, n: int) -> Any:
+    """Which keys any of the q queries may see: a mask that broadcasts to (..., q, n) -> (..., n, 1)."""
+    xp = namespace(mask)
+    return xp.any(xp.broadcast_to(mask, (*mask.shape[:-2], q, n)), axis=-2)[..., None]
+
+
+def blanked(vectors: Any, allowed: Any) -> Any:
+    """`vectors` with zeros where not `allowed`."""
+    xp = namespace(vectors)
+    return xp.where(allowed, vectors, xp.asarray(0, dtype=vectors.dtype, device=vectors.device))
 
 
 def similarity(queries: Any, keys: Any, space: str) -> Any:

@@ -25,6 +25,7 @@ from .basis import Basis
 CACHE_BYTES = 256 * 2**20  # what all cached operators may hold together; the least recently used leave first
 WELL_CONDITIONED = 1e8  # of F F^T + lambda I: up to here Cholesky, beyond it QR, which sees the square root only
 HOPELESS = 1e20  # of F F^T + lambda I: beyond it QR keeps fewer than six digits
+AT_ONCE = 64  # positions at which the basis is made at a time
 REACH = 4.0  # a sample farther than this many widths from every centre would be lost
 
 
@@ -145,7 +146,7 @@ def _factorise(
     basis: Basis, positions: np.ndarray, ridge: float, zeros: np.ndarray | None, original: bool, key: Hashable
 ) -> FitOperator:
     if not original:
-        _in_reach(basis, positions)
+        in_reach(basis, positions)
     F = transposed(basis, positions)  # (N, L)
     made = None if original else _by_blocks(basis, F, ridge)
     if made is None:
@@ -164,10 +165,11 @@ def _factorise(
 
 def transposed(basis: Basis, positions: np.ndarray) -> np.ndarray:
     """F (N, L), made a few positions at a time: turning all of it over at once would miss every cache."""
-    F = np.empty((len(basis), positions.size))
-    for first in range(0, positions.size, 64):
-        some = slice(first, first + 64)
-        F[:, some] = basis(positions[some]).T
+    F = np.zeros((len(basis), positions.size))
+    for first in range(0, positions.size, AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        near, psi = basis.near(positions[some])
+        F[near, some] = psi.T
     return F
 
 
@@ -183,7 +185,7 @@ def _by_blocks(basis: Basis, F: np.ndarray, ridge: float) -> tuple[np.ndarray, f
     return None if matrix is None else (matrix, penalty, condition)
 
 
-def _in_reach(basis: Basis, positions: np.ndarray) -> None:
+def in_reach(basis: Basis, positions: np.ndarray) -> None:
     """Raise unless some function sees every sample: one that none sees would be lost without a word."""
     order = np.argsort(basis.centers)
     centers, widths = basis.centers[order], basis.widths[order]

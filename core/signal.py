@@ -13,10 +13,10 @@ from ..backends.exchange import to_numpy
 from . import checks
 from .basis import Basis, positions_in
 from .consolidation import Scheme, apply, updated
+from .cross_validation import validated_ridge
 from .positions import centred, fraction, resample
 from .report import SignalReport, signal_report
 from .ridge import fit_operator
-from .validation import validated_ridge
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,7 +70,7 @@ class Signal:
         -----
         O(T N e). Gradients reach the coefficients and `t`.
         """
-        t = positions_in("t", t, self.coefficients)
+        t = positions_in("t", t, coefficients=self.coefficients)
         checks.shape("t", t, "T")
         checks.leading(coefficients=(self.coefficients, 2), t=(t, 1))
         psi = self.basis(cast(t, self.coefficients.dtype))  # (..., T, N)
@@ -123,6 +123,7 @@ class Signal:
             wanted = f"leading axes {tuple(B.shape[:-2])} and L of at least 1"
             raise ShapeError("x_new", wanted, str(tuple(x_new.shape)), "Pass as many rows as the signal has.")
         checks.measurable(x_new=x_new)
+        checks.generator("rng", rng)
         x_new = cast(x_new, B.dtype)
         at = None if where is None else resample(self._histogram(where), M, rng)
         made = updated(Scheme(self.basis, self.ridge, M, self.original), B, x_new, tau, at)
@@ -131,7 +132,7 @@ class Signal:
     def _histogram(self, where: Any) -> np.ndarray:
         """`where` as float64 (..., D) in host memory, with the signal's leading axes."""
         if framework(where) is None:
-            where = np.asarray(where, dtype=np.float64)
+            where = checks.plain("where", where)
         checks.floating_arrays(where=where)
         checks.shape("where", where, "D")
         lead = tuple(self.coefficients.shape[:-2])
@@ -139,6 +140,10 @@ class Signal:
         if where.shape[-1] == 0 or where.ndim - 1 > len(lead):
             raise ShapeError("where", f"(..., D) with leading axes {lead}", str(tuple(where.shape)), "Reshape it.")
         return np.broadcast_to(to_numpy(where).astype(np.float64), (*lead, where.shape[-1]))
+
+    def weighted(self, seen: Any) -> Any:
+        """E[x(t)] = E[psi(t)]^T B, from `seen`, E[psi(t)], of every query: (..., q, N) -> (..., q, e)."""
+        return cast(cast(seen, self.coefficients.dtype) @ self.coefficients, self.dtype)
 
     def report(
         self,
@@ -224,7 +229,7 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
     checks.measurable(x=x)
     where = centred(length)
     if positions is not None:
-        positions = positions_in("positions", positions, x)
+        positions = positions_in("positions", positions, x=x)
         if tuple(positions.shape) != (length,):
             raise ShapeError("positions", f"({length},)", str(tuple(positions.shape)), "Pass one position a sample.")
         where = to_numpy(positions).astype(np.float64)
@@ -235,8 +240,21 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
     return Signal(coefficients, basis, used, x.dtype, length)
 
 
+def looked_at(signal: Any, **arrays: tuple[Any, int]) -> Any:
+    """The coefficients of `signal`, if it is one and its leading axes are those of `arrays`; see checks.leading.
+
+    Raises
+    ------
+    ArgumentError, ShapeError
+    """
+    if not isinstance(signal, Signal):
+        raise ArgumentError("signal", "a Signal", type(signal).__name__, "Pass what perdure.fit returned.")
+    checks.leading(signal=(signal.coefficients, 2), **arrays)
+    return signal.coefficients
+
+
 def penalty(ridge: Any) -> float:
-    """`ridge` as a finite float of at least 0.
+    """`ridge` as a float from 0 to 1e100: what a penalty is multiplied with must not overflow.
 
     Raises
     ------
@@ -246,6 +264,6 @@ def penalty(ridge: Any) -> float:
         number = float(ridge)
     except (TypeError, ValueError):
         number = float("nan")
-    if not 0 <= number < float("inf"):
-        raise ArgumentError("ridge", "a finite number of at least 0", repr(ridge), "Pass ridge=1e-3.")
+    if not 0 <= number <= 1e100:
+        raise ArgumentError("ridge", "a finite number of at least 0, 1e100 at most", repr(ridge), "Pass ridge=1e-3.")
     return number

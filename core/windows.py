@@ -19,20 +19,24 @@ Windows = tuple[tuple[int, int, int, int], ...]
 
 def windows(matrix: np.ndarray, itemsize: int) -> Windows:
     """Tiles (first row, last, first column, last) of `matrix` (N, L) outside which nothing matters."""
-    starts = range(0, matrix.shape[0], TILE)
-    sizes = [np.abs(matrix[first : first + TILE]) for first in starts]
-    bound = LEFT_OUT[itemsize] / 2 * max(float(size.sum(axis=1).max()) for size in sizes)
+    sizes = [_sizes(matrix[first : first + TILE]) for first in range(0, matrix.shape[0], TILE)]
+    bound = LEFT_OUT[itemsize] / 2 * max(largest for _, largest in sizes)
     tiles = []
-    for first, size in zip(starts, sizes, strict=True):
-        column = size.max(axis=0)
+    for i, (column, _) in enumerate(sizes):
         left, right = np.cumsum(column), np.cumsum(column[::-1])  # no row leaves out more
         start, end = np.searchsorted(left, bound, side="right"), np.searchsorted(right, bound, side="right")
-        last = first + size.shape[0]
-        tiles.append((first, last, int(start), max(matrix.shape[1] - int(end), int(start))))
+        first, stop = i * TILE, matrix.shape[1] - int(end)
+        tiles.append((first, min(first + TILE, matrix.shape[0]), int(start), max(stop, int(start))))
     kept = sum((b - a) * (d - c) for a, b, c, d in tiles)
     if kept > 0.8 * matrix.size:  # one product is faster than many that save little
         return ((0, matrix.shape[0], 0, matrix.shape[1]),)
     return tuple(tiles)
+
+
+def _sizes(tile: np.ndarray) -> tuple[np.ndarray, float]:
+    """The largest magnitude of every column, and the largest sum of magnitudes of a row."""
+    size = np.abs(tile)
+    return size.max(axis=0), float(size.sum(axis=1).max())
 
 
 def multiply(matrix: Any, tiles: Windows, x: Any, addend: Any = None) -> Any:

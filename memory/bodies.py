@@ -19,7 +19,7 @@ from .disk import refuse_odd, sync_folder
 
 FILE = "bodies"
 BLOCK = 4096  # bytes; parts begin and end at multiples of it
-LEAST_GROWTH, MOST_GROWTH = 64 << 10, 32 << 20  # bytes the file grows by, in zeros: writing over is faster than growing
+LEAST_GROWTH, MOST_GROWTH = 64 << 10, 4 << 20  # bytes the file grows by, in zeros: writing over is faster than growing
 
 
 class Bodies:
@@ -144,10 +144,13 @@ class Bodies:
         os.close(self.descriptor)
 
     def _grow(self, size: int) -> tuple[int, int]:
-        """Room for `size` bytes at the end, with zeros beyond it for later, if the disk has space for them."""
+        """Room for `size` bytes at the end, with zeros beyond it for later, if the disk has space for them.
+
+        The zeros are written by a commit that waits for them, so there are few, and none beyond a part as large.
+        """
         last = self.gaps[-1] if self.gaps and sum(self.gaps[-1]) == self.end else None
         start = self.end if last is None else last[0]
-        grown = min(max(self.end // 2, LEAST_GROWTH), MOST_GROWTH) // BLOCK * BLOCK
+        grown = min(max(self.end // 2, LEAST_GROWTH), MOST_GROWTH) // BLOCK * BLOCK if size < MOST_GROWTH else 0
         try:
             self._write(memoryview(bytes(grown)), start + size)
         except StoreError:

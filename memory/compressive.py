@@ -15,9 +15,9 @@ from ..core import checks
 from ..core.compression import METHODS, checked_weights, compress
 from .file import Savable
 from .lock import ReadWriteLock, exclusive, shared
-from .recurrent import DTYPES, restore_window, segment, window_arrays
-from .rows import detached, listed
-from .state import pack, unpack
+from .recurrent import DTYPES, restore_window, window_arrays
+from .rows import detached, listed, segment
+from .state import pack, rebuilt, unpack
 from .window import States, Window
 
 
@@ -80,8 +80,7 @@ class CompressiveMemory(Savable):
         self.capacity, self.compressed = checks.count("capacity", capacity), checks.count("compressed", compressed)
         self.rate, self.method = checks.count("rate", rate), checks.choice("method", method, METHODS)
         self.dtype = checks.choice("dtype", dtype, DTYPES)
-        checked_weights(self.method, self.rate, self.dim, tuple(weights))
-        self.weights = tuple(weights)
+        self.weights = checked_weights(self.method, self.rate, self.dim, weights)
         self._recent = Window(self.rows, self.capacity + self.rate - 1, self.dim, self.dtype)
         self._older = Window(self.rows, self.compressed, self.dim, self.dtype)
 
@@ -137,8 +136,8 @@ class CompressiveMemory(Savable):
         return xp.stack(rows)
 
     def _weights_beside(self, x: Any) -> tuple[Any, ...]:
-        checked_weights(self.method, self.rate, self.dim, self.weights)
-        return tuple(like_of(to_numpy(detached(w)), x, x.dtype) for w in self.weights)
+        weights = checked_weights(self.method, self.rate, self.dim, self.weights)
+        return tuple(like_of(to_numpy(detached(w)), x, x.dtype) for w in weights)
 
     @exclusive
     def attended(self, weights: Any, rows: Sequence[int] | None = None) -> None:
@@ -222,7 +221,7 @@ class CompressiveMemory(Savable):
         """
         config, arrays = unpack("CompressiveMemory", state)
         weights = tuple(arrays[f"weights.{i}"] for i in range(2) if f"weights.{i}" in arrays)
-        memory = cls(**config, weights=weights)
+        memory = rebuilt(cls, config, weights=weights)
         restore_window(memory._recent, "recent", arrays)
         restore_window(memory._older, "older", arrays)
         return memory

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import cast, computing_dtype, framework, namespace
-from ..backends.errors import ArgumentError
+from ..backends.arrays import computing_dtype, framework, namespace
+from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
 from ..core import checks, original
 from ..core.attention import Reading
@@ -20,9 +21,9 @@ from ..core.report import SignalReport, signal_report, smallest_scheme
 from ..core.signal import Signal, penalty
 from .file import Savable
 from .lock import ReadWriteLock
-from .rows import detached, listed, taken, token_array
-from .state import pack, required, unpack
-from .sticky import bins_drawn, drawn_bins, generator, histogram_of
+from .rows import detached, listed, segment, taken
+from .state import counts, pack, rebuilt, required, unpack
+from .sticky import bins_drawn, drawn_bins, generator, histogram_of, resumed
 from .timeline import KNOTS, Timeline
 
 DTYPES = ("float32", "float64")
@@ -224,11 +225,7 @@ class ContinuousMemory(Savable):
         Gradients reach x through the newest segment only; what is remembered is detached.
         """
         chosen = listed(rows, self.rows)
-        checks.floating_arrays(x=x)
-        checks.shape("x", x, len(chosen), "n", self.dim, whole=True)
-        checks.measurable(x=x)
-        tokens = (len(chosen), int(x.shape[1]))
-        present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
+        x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
         histogram = None
         if self.sticky and attention is not None:
             edges = original.edges() if self.compat else np.arange(self.bins + 1) / self.bins
@@ -237,7 +234,7 @@ class ContinuousMemory(Savable):
             if not self.compat:
                 raise ArgumentError("draws", "None without compat", "an array", "Pass compat='infinite-former'.")
             draws = bins_drawn("draws", draws, (len(chosen), self.scheme.samples), self.bins)
-        old, x = self._beside(x), cast(x, self._dtype_beside(x))
+        old = self._beside(x)
         changed: dict[int, Any] = {}
         moves: list[tuple[int, np.ndarray | None, int]] = []
         lengths = present.sum(axis=1)
@@ -319,16 +316,19 @@ class ContinuousMemory(Savable):
         checks.floating_arrays(mean=mean)
         checks.shape("mean", mean, len(chosen), *"q" * max(mean.ndim - 1, 1))
         xp, shape = namespace(mean), tuple(mean.shape)
-        if framework(variance) is not None:
-            checks.floating_arrays(mean=mean, variance=variance)
-            checks.leading(mean=(mean, 0), variance=(variance, 0))
-            variance = xp.reshape(xp.broadcast_to(variance, shape), (shape[0], -1))
+        if framework(variance) is None:
+            variance = like(checks.plain("variance", variance), mean, computing_dtype(mean))
+        checks.floating_arrays(mean=mean, variance=variance)
+        if checks.leading(mean=(mean, 0), variance=(variance, 0)) != shape:
+            raise ShapeError("variance", f"what broadcasts to {shape}", str(tuple(variance.shape)), "Reshape it.")
+        flat = (shape[0], math.prod(shape[1:]))
+        mean, variance = xp.reshape(mean, flat), xp.reshape(xp.broadcast_to(variance, shape), flat)
         with self._lock.reading:
             B, written = taken(self._beside(mean, keep_graph=True), chosen), self._written[chosen]
         signal = Signal(B, self.basis, self.scheme.ridge, mean.dtype, self._last_segment, self.scheme.original)
-        output = expected_value(signal, xp.reshape(mean, (shape[0], -1)), variance, density or self.density)
+        output = expected_value(signal, mean, variance, density or self.density)
         empty = like(np.where(written > 0, 0.0, -np.inf), mean, computing_dtype(mean))
-        lse = xp.broadcast_to(xp.reshape(empty, (-1,) + (1,) * (len(shape) - 1)), shape)
+        lse = xp.broadcast_to(xp.reshape(empty, (shape[0],) + (1,) * (len(shape) - 1)), shape)
         return Reading(xp.reshape(output, (*shape, self.dim)), lse)
 
     def shown(self, t: Any, rows: Sequence[int] | None = None) -> np.ndarray:
@@ -350,7 +350,9 @@ class ContinuousMemory(Savable):
         ------
         ArgumentError, NonFiniteError, DTypeError
         """
-        return self._timeline.at(to_numpy(positions_in("t", t, np.zeros(1))), listed(rows, self.rows))
+        chosen, t = listed(rows, self.rows), checks.plain("t", t)
+        checks.shape("t", t, "T", whole=True)
+        return self._timeline.at(positions_in("t", t, t=t), chosen)
 
     def report(self, segment: int | None = None, features: int | None = None) -> SignalReport:
         """What this memory can hold, segments of `segment` tokens with `features` each; see Signal.report.
@@ -402,28 +404,17 @@ class ContinuousMemory(Savable):
             No state of a ContinuousMemory, or an altered one.
         """
         config, arrays = unpack("ContinuousMemory", state)
-        try:
-            generator, last, kind = (config.pop(name) for name in ("generator", "last_segment", "kind_of_basis"))
-            basis = Basis(
-                required(arrays, "centers", (None,), np.float64), required(arrays, "widths", (None,), np.float64), kind
-            )
-            memory = cls(basis=basis, **config)
-            memory._rng.bit_generator.state = generator
-            memory._last_segment = checks.count("last_segment", last)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ArgumentError):
-                raise
-            raise ArgumentError(
-                "state", "an unaltered state_dict", repr(error), "Pass what state_dict gave."
-            ) from error
-        memory._coefficients = required(
-            arrays, "coefficients", (memory.rows, len(basis), memory.dim), np.dtype(memory.dtype)
-        )
-        checks.finite(**{"state['coefficients']": memory._coefficients})
-        memory._written = required(arrays, "written", (memory.rows,), np.int64)
+        generator, last, kind = (config.pop(name, None) for name in ("generator", "last_segment", "kind_of_basis"))
+        centers, widths = (required(arrays, name, (None,), np.float64) for name in ("centers", "widths"))
+        basis = Basis(centers, widths, kind)
+        memory = rebuilt(cls, config, basis=basis)
+        memory._rng = resumed(generator)
+        memory._last_segment = checks.count("last_segment", last)
+        shape = (memory.rows, len(basis), memory.dim)
+        memory._coefficients = required(arrays, "coefficients", shape, np.dtype(memory.dtype))
+        memory._written = counts(arrays, "written", memory.rows)
         memory._timeline.tokens = required(arrays, "shown", (memory.rows, KNOTS), np.float64)
-        if (memory._written < 0).any():
-            raise ArgumentError("state['written']", "counts", str(memory._written), "Pass an unaltered state_dict.")
+        checks.finite(**{"state['coefficients']": memory._coefficients, "state['shown']": memory._timeline.tokens})
         return memory
 
     def _beside(self, x: Any, keep_graph: bool = False) -> Any:

@@ -17,8 +17,8 @@ from .continuous import ContinuousMemory
 from .file import Savable
 from .knn import KNNMemory
 from .lock import ReadWriteLock, exclusive, shared
-from .rows import listed, token_array
-from .state import pack, required, unpack
+from .rows import listed, present_tokens
+from .state import counts, pack, rebuilt, required, unpack
 
 EVICTIONS = ("fifo", "least_attended")
 FADING = 0.9  # what a write leaves of the attention noted before it
@@ -138,10 +138,11 @@ class HybridMemory(Savable):
         checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
         checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
         checks.measurable(keys=keys, values=values)
-        tokens = (len(chosen), int(keys.shape[2]))
-        present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
+        present = present_tokens(mask, (len(chosen), int(keys.shape[2])))
         keys, values = to_numpy(keys), to_numpy(values)
-        self.recent._encoded(keys, values)  # what cannot be stored is refused before any row has changed
+        self.recent._encoded(keys, values)  # what cannot be stored, now or once it leaves, is refused before any change
+        for i in range(len(chosen)):
+            checks.measurable(keys_and_values=self._joined(keys[i], values[i]))
         for i, row in enumerate(chosen):
             self._write_row(row, keys[i][:, present[i]], values[i][:, present[i]])
 
@@ -187,8 +188,9 @@ class HybridMemory(Savable):
 
     def _joined(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Keys and values of all heads side by side: one vector a token, (n, width)."""
-        pairs = np.concatenate([keys, values], axis=2).astype(self.older.dtype)  # (heads, n, dim + value_dim)
-        return np.moveaxis(pairs, 0, 1).reshape(keys.shape[1], -1)
+        with np.errstate(over="ignore"):  # what overflows is found by the check before any change
+            pairs = np.concatenate([keys, values], axis=2).astype(self.older.dtype)  # (heads, n, dim + value_dim)
+        return np.moveaxis(pairs, 0, 1).reshape(keys.shape[1], pairs.shape[0] * pairs.shape[2])
 
     @exclusive
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
@@ -218,7 +220,7 @@ class HybridMemory(Savable):
         -----
         Where attention fell is noted, for the next write.
         """
-        scale = 1 / math.sqrt(self.dim) if scale is None else scale
+        scale = 1 / math.sqrt(self.dim) if scale is None else checks.number("scale", scale)
         near = self.recent.read(queries, k, scale, rows)
         chosen = listed(rows, self.rows)
         found = cast(Neighbours, near.neighbours)  # a KNNMemory always says what it found
@@ -296,11 +298,11 @@ class HybridMemory(Savable):
             part: {name.partition(".")[2]: state[name] for name in state if name.startswith(f"{part}.")}
             for part in ("recent", "older")
         }
-        memory = cls(**config, basis=1)
+        memory = rebuilt(cls, config, basis=1)
         memory.recent = KNNMemory.from_state_dict(parts["recent"])
         memory.older = ContinuousMemory.from_state_dict(parts["older"])
         memory._looked = required(arrays, "looked", (memory.rows, memory.slots), np.float64)
-        memory.written = required(arrays, "written", (memory.rows,), np.int64)
+        memory.written = counts(arrays, "written", memory.rows)
         for row, tokens in enumerate(memory.recent.tokens):
             memory._used[row] = required(arrays, f"used.{row}", (int(tokens),), np.float64)
         return memory

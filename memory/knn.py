@@ -9,20 +9,23 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import computing_dtype
+from ..backends.arrays import cast, computing_dtype, namespace
+from ..backends.devices import HOST, Place, place_of
 from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import SPACES, Neighbours
+from . import device_row, storage
+from .device_row import DeviceRow
 from .file import Savable
 from .indexes import make_index
 from .indexes.audit import exact_positions, overlap
 from .lock import ReadWriteLock
 from .row import Row
 from .rows import listed, token_array
-from .state import pack, required, unpack
-from .storage import DTYPES, computing, decode, encode
+from .state import counts, pack, rebuilt, required, unpack
+from .storage import DTYPES, computing
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
 CONFIG = (
@@ -60,11 +63,19 @@ class KNNMemory(Savable):
         attention of every query; this bounds what it can draw.
     seed : int
         Of the random choices of approximate indexes.
+    device : "cpu", "cuda", "cuda:N", or a framework's device object; optional
+        Where keys and values live and are searched, exactly: on a GPU with CuPy, or else PyTorch. A state saved there
+        loads anywhere; `to` moves a memory.
+    device_capacity : int, optional
+        The most tokens of a row on the device, where that is less than `capacity`: older ones are kept, and searched,
+        in main memory.
 
     Raises
     ------
     ArgumentError
         A size below 1, or an unknown choice.
+    BackendError
+        A device that is not there, or cannot compute; DeviceMemoryError where it is full.
 
     Notes
     -----
@@ -102,6 +113,8 @@ class KNNMemory(Savable):
         target_recall: float = 0.95,
         max_norm: float | None = None,
         seed: int = 0,
+        device: Any = None,
+        device_capacity: int | None = None,
     ):
         self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
         self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
@@ -112,14 +125,27 @@ class KNNMemory(Savable):
         self.target_recall, self.seed = checks.positive("target_recall", target_recall), checks.count("seed", seed, 0)
         if self.target_recall > 1:
             raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
-        self._rows = [self._empty() for _ in range(self.rows)]
+        self._place, self._ring = place_of(device), self.capacity
+        if device_capacity is not None:
+            self._ring = min(checks.count("device_capacity", device_capacity), self.capacity)
+        if isinstance(self._place, Place):
+            device_row.check(self._place, self.index, self.dtype)
+        self._rows: list[Any] = [self._empty() for _ in range(self.rows)]
         self._lock = ReadWriteLock()
 
-    def _empty(self) -> Row:
+    def _empty(self) -> Row | DeviceRow:
+        if isinstance(self._place, Place):
+            sizes = self.heads, self.dim, self.value_dim, self.capacity
+            return DeviceRow(self._place, self._ring, *sizes, self.dtype, self.space)
         index = make_index(
             self.index, self.heads, self.dim, self.space, self.dtype, self.capacity, self.target_recall, self.seed
         )
         return Row(self.heads, self.dim, self.value_dim, self.capacity, self.dtype, index)
+
+    @property
+    def device(self) -> Any:
+        """Where keys and values live: "cpu" for main memory, else the device's own object."""
+        return self._place.device if isinstance(self._place, Place) else "cpu"
 
     @property
     def computing(self) -> np.dtype:
@@ -172,7 +198,7 @@ class KNNMemory(Savable):
         checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
         checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
         tokens = (len(chosen), keys.shape[2])
-        parts = self._encoded(to_numpy(keys), to_numpy(values))
+        parts = self._encoded(self._numbers(keys), self._numbers(values))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
         if tags is not None:
             tags = np.full(tokens, tags) if isinstance(tags, int) else tags
@@ -184,21 +210,31 @@ class KNNMemory(Savable):
             for i, row in enumerate(chosen):
                 self._rows[row].reserve(int(present[i].sum()), tags is not None)
             for i, row in enumerate(chosen):
-                kept = slice(None) if present[i].all() else present[i]  # a slice copies nothing
-                own = {name: part[i][:, kept] for name, part in parts.items()}
+                own = {name: part[i, ...] for name, part in parts.items()}
+                kept = np.flatnonzero(present[i])
+                if kept.size < present.shape[1]:
+                    own = {name: namespace(a).take(a, like(kept, a), axis=1) for name, a in own.items()}
                 self._rows[row].write(own, None if tags is None else tags[i][kept])
 
-    def _encoded(self, keys: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+    def _numbers(self, array: Any) -> Any:
+        """The caller's `array` where the memory is, in the dtype that is computed with."""
+        taken = self._place.take(array)
+        if isinstance(taken, np.ndarray):
+            return cast_silently(taken, self.computing)
+        return cast(taken, getattr(namespace(taken), self.computing.name))
+
+    def _encoded(self, keys: Any, values: Any) -> dict[str, Any]:
         """Keys and values as they are stored, checked before, and where the dtype may overflow, after."""
-        keys, values = (cast_silently(a, self.computing) for a in (keys, values))
         checks.measurable(keys=keys)
         checks.finite(values=values)
         if self.max_norm is not None:
-            norms = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
-            keys = keys * (self.max_norm / np.maximum(norms, self.max_norm))
-        parts = {**encode("keys", keys, self.dtype), **encode("values", values, self.dtype)}
+            xp = namespace(keys)
+            norms = xp.sqrt(xp.sum(keys * keys, axis=-1, keepdims=True))
+            keys = keys * (self.max_norm / xp.clip(norms, self.max_norm, None))
+        codec: Any = storage if self._place is HOST else device_row
+        parts = {**codec.encode("keys", keys, self.dtype), **codec.encode("values", values, self.dtype)}
         if self.dtype in ("float16", "bfloat16"):
-            checks.finite(keys=decode(parts["keys"], None), values=decode(parts["values"], None))
+            checks.finite(**{name: codec.decode(parts[name], None) for name in ("keys", "values")})
         return parts
 
     def search(self, queries: Any, k: int, rows: Sequence[int] | None = None) -> Neighbours:
@@ -258,9 +294,10 @@ class KNNMemory(Savable):
                 expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
                 raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
             taken = [
-                row.gather(np.broadcast_to(where, (self.heads, 1, where.size)))
+                row.gather(self._place.take(np.broadcast_to(where, (self.heads, 1, where.size)).copy()))
                 for row, where in zip(self._rows, positions, strict=True)
             ]
+            taken = [{name: None if a is None else to_numpy(a) for name, a in entries.items()} for entries in taken]
             keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
             tagged = any(entries["tags"] is not None for entries in taken)
             tags = np.full(positions.shape, -1, np.int64)
@@ -327,7 +364,8 @@ class KNNMemory(Savable):
         with self._lock.reading:
             for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
                 _, positions = row.search(numbers, k)
-                shares.append(overlap(positions, exact_positions(row, numbers, k, self.space)) if row.stored else 1.0)
+                exact = isinstance(row, DeviceRow) or not row.stored
+                shares.append(1.0 if exact else overlap(positions, exact_positions(row, numbers, k, self.space)))
         return float(np.mean(shares))
 
     def explain(self) -> str:
@@ -372,8 +410,9 @@ class KNNMemory(Savable):
         with self._lock.reading:
             arrays = {"written": self.written}
             for i, row in enumerate(self._rows):
-                arrays |= {f"rows.{i}.{name}": a[:, : row.stored].copy() for name, a in row.arrays.items()}
-                arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
+                arrays |= {f"rows.{i}.{name}": a for name, a in row.saved().items()}
+                if isinstance(row, Row):
+                    arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
         return pack("KNNMemory", {name: getattr(self, name) for name in CONFIG}, arrays)
 
     @classmethod
@@ -386,15 +425,8 @@ class KNNMemory(Savable):
             No state of a KNNMemory, or an altered one.
         """
         config, arrays = unpack("KNNMemory", state)
-        try:
-            memory = cls(**config)
-        except TypeError as error:
-            raise ArgumentError(
-                "state['config']", "a KNNMemory's", str(error), "Pass an unaltered state_dict."
-            ) from error
-        written = required(arrays, "written", (memory.rows,), np.int64)
-        if (written < 0).any():
-            raise ArgumentError("state['written']", "counts", str(written), "Pass an unaltered state_dict.")
+        memory = rebuilt(cls, config)
+        written = counts(arrays, "written", memory.rows)
         for i, row in enumerate(memory._rows):
             row.reserve(0, f"rows.{i}.tags" in arrays)
             row.written = int(written[i])
@@ -407,12 +439,33 @@ class KNNMemory(Savable):
             row.index.restore({n.removeprefix(learned): a for n, a in arrays.items() if n.startswith(learned)})
         return memory
 
+    def to(self, device: Any, device_capacity: int | None = None) -> Self:
+        """A memory of its own with what this one holds, on `device`; arguments and errors are the constructor's.
+
+        Parameters
+        ----------
+        device : "cpu", "cuda", "cuda:N", or a framework's device object
+        device_capacity : int, optional
+        """
+        made = self.from_state_dict(self.state_dict())
+        place, ring = place_of(device), self.capacity
+        if device_capacity is not None:
+            ring = min(checks.count("device_capacity", device_capacity), self.capacity)
+        if isinstance(place, Place):
+            device_row.check(place, self.index, self.dtype)
+            made._place, made._ring = place, ring
+            made._rows = [DeviceRow.of(row, place, ring, self.space) for row in made._rows]
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.from_state_dict(self.state_dict()) if self._place is HOST else self.select(range(self.rows))
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles, as to worker processes, go through the state, so that no lock or index travels."""
         return type(self).from_state_dict, (self.state_dict(),)
 
-    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> tuple[list[int], np.ndarray]:
-        """The chosen rows, and their queries (rows, heads, group x q, dim), validated."""
+    def _grouped(self, queries: Any, rows: Sequence[int] | None, k: int) -> tuple[list[int], list[Any]]:
+        """The chosen rows, and the queries (heads, group x q, dim) of each, validated, where the memory is."""
         chosen = listed(rows, self.rows)
         if not chosen:
             raise ArgumentError("rows", "at least one row to read", "none", "Skip the read of an empty batch.")
@@ -426,17 +479,20 @@ class KNNMemory(Savable):
                 f"{queries.shape[1]} heads",
                 "Give every memory head the same number of query heads.",
             )
-        numbers = cast_silently(to_numpy(queries), self.computing)
+        numbers = self._numbers(queries)
         checks.measurable(queries=numbers)
-        return chosen, numbers.reshape(len(chosen), self.heads, -1, self.dim)
+        shape = self.heads, queries.shape[1] // self.heads * queries.shape[2], self.dim
+        return chosen, [namespace(numbers).reshape(numbers[i, ...], shape) for i in range(len(chosen))]
 
-    def _ungrouped(self, parts: Sequence[np.ndarray | None], queries: Any, dtype: Any = None) -> Any:
+    def _ungrouped(self, parts: Sequence[Any], queries: Any, dtype: Any = None) -> Any:
         """The rows' results (heads, group x q, ...) as one of the caller's arrays (rows, query_heads, q, ...)."""
         known = [part for part in parts if part is not None]
         if not known:
             return None
-        stacked = np.stack([np.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
-        return like(stacked.reshape(*queries.shape[:3], *stacked.shape[3:]), queries, dtype)
+        xp = namespace(known[0])
+        stacked = xp.stack([xp.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
+        stacked = xp.reshape(stacked, (*queries.shape[:3], *stacked.shape[3:]))
+        return self._place.give(stacked, queries, dtype)
 
 
 def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:

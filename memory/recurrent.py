@@ -7,14 +7,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import cast, namespace
-from ..backends.errors import ArgumentError
 from ..backends.exchange import to_numpy
 from ..core import checks
 from .file import Savable
 from .lock import ReadWriteLock, exclusive, shared
-from .rows import detached, listed, token_array
-from .state import pack, required, unpack
+from .rows import detached, listed, segment
+from .state import counts, pack, rebuilt, required, unpack
 from .window import States, Window
 
 DTYPES = ("float32", "float16", "float64")
@@ -139,25 +137,9 @@ class RecurrentMemory(Savable):
             No state of a RecurrentMemory, or an altered one.
         """
         config, arrays = unpack("RecurrentMemory", state)
-        memory = cls(**config)
+        memory = rebuilt(cls, config)
         restore_window(memory._window, "window", arrays)
         return memory
-
-
-def segment(x: Any, count: int, dim: int, mask: Any, dtype: str) -> tuple[Any, np.ndarray]:
-    """x (count, n, dim) checked and in `dtype`, with which of its tokens are present, bool (count, n).
-
-    Raises
-    ------
-    ShapeError, DTypeError, FrameworkError, NonFiniteError
-    """
-    checks.floating_arrays(x=x)
-    checks.shape("x", x, count, "n", dim, whole=True)
-    with np.errstate(over="ignore"):
-        x = cast(x, getattr(namespace(x), dtype))
-    checks.finite(x=x)
-    tokens = (count, int(x.shape[1]))
-    return x, np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
 
 
 def window_arrays(name: str, window: Window) -> dict[str, np.ndarray]:
@@ -174,17 +156,8 @@ def restore_window(window: Window, name: str, arrays: dict[str, np.ndarray]) -> 
     ArgumentError
     """
     shape = tuple(window.states.shape)
-    states = required(narrowed(arrays, f"{name}.states", window.dtype), f"{name}.states", shape, np.dtype(window.dtype))
+    states = required(arrays, f"{name}.states", shape, np.dtype(window.dtype))
+    checks.finite(**{f"state['{name}.states']": states})
     usage = required(arrays, f"{name}.usage", shape[:2], np.float64)
-    stored = required(arrays, f"{name}.stored", shape[:1], np.int64)
-    if ((stored < 0) | (stored > window.width)).any():
-        raise ArgumentError(f"state['{name}.stored']", f"0 to {window.width}", str(stored), "Pass an unaltered state.")
+    stored = counts(arrays, f"{name}.stored", shape[0], window.width)
     window.states, window.usage, window.stored = states, usage, stored
-
-
-def narrowed(arrays: dict[str, np.ndarray], name: str, dtype: str) -> dict[str, np.ndarray]:
-    """`arrays` with the named one back in half precision, which travels as float32."""
-    array = arrays.get(name)
-    if array is None or dtype != "float16" or array.dtype != np.float32:
-        return arrays
-    return {**arrays, name: array.astype(dtype)}

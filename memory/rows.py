@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.arrays import common_framework, namespace
+from ..backends.arrays import cast, common_framework, namespace
 from ..backends.errors import ArgumentError, DTypeError
 from ..backends.exchange import like, to_numpy
 from ..core import checks
@@ -45,6 +45,32 @@ def token_array(argument: str, given: Any, tokens: tuple[int, int], kind: str) -
     return array
 
 
+def segment(x: Any, count: int, dim: int, mask: Any, dtype: str) -> tuple[Any, np.ndarray]:
+    """x (count, n, dim) checked and in `dtype`, with which of its tokens are present, bool (count, n).
+
+    Raises
+    ------
+    ShapeError, DTypeError, FrameworkError, NonFiniteError
+        Also where a number, or a vector's squared norm, leaves the range of `dtype`.
+    """
+    checks.floating_arrays(x=x)
+    checks.shape("x", x, count, "n", dim, whole=True)
+    with np.errstate(over="ignore"):
+        x = cast(x, getattr(namespace(x), dtype))
+    checks.measurable(x=x)
+    return x, present_tokens(mask, (count, int(x.shape[1])))
+
+
+def present_tokens(mask: Any, tokens: tuple[int, int]) -> np.ndarray:
+    """`mask` as bool (rows, n), all of it True for None.
+
+    Raises
+    ------
+    ShapeError, DTypeError, FrameworkError
+    """
+    return np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
+
+
 def detached(array: Any) -> Any:
     """`array` without the graph behind it, on the same memory."""
     return array.detach() if hasattr(array, "detach") else array
@@ -52,6 +78,8 @@ def detached(array: Any) -> Any:
 
 def taken(x: Any, group: Sequence[int], present: np.ndarray | None = None) -> Any:
     """Rows of x in `group`, without the tokens that are not `present`; x itself where that is all of it."""
+    if not len(group):
+        return x[:0, ...]
     whole = list(group) == list(range(x.shape[0]))
     if present is None or present[list(group)].all():
         return x if whole else namespace(x).stack([x[i, ...] for i in group])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..backends.errors import ArgumentError
 from ..backends.exchange import to_numpy
+
+Kept = TypeVar("Kept")
+UNALTERED = "Pass an unaltered state_dict."
 
 
 def pack(kind: str, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -49,6 +52,36 @@ def as_numpy(array: Any) -> np.ndarray:
     return to_numpy(array).astype(np.float16) if half else to_numpy(array)
 
 
+def rebuilt(kind: type[Kept], config: dict[str, Any], **more: Any) -> Kept:
+    """A memory made of the arguments that a state holds.
+
+    Raises
+    ------
+    ArgumentError
+        They are none that such a memory takes.
+    """
+    try:
+        return kind(**config, **more)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError("state['config']", f"a {kind.__name__}'s", str(error), UNALTERED) from error
+
+
+def counts(arrays: dict[str, np.ndarray], name: str, rows: int, most: int | None = None) -> np.ndarray:
+    """`arrays[name]`, int64 (rows,), none below 0 or above `most`.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    array = required(arrays, name, (rows,), np.int64)
+    if (array < 0).any() or (most is not None and (array > most).any()):
+        expected = "counts" if most is None else f"counts up to {most}"
+        raise ArgumentError(f"state[{name!r}]", expected, str(array), UNALTERED)
+    return array
+
+
 def required(arrays: dict[str, np.ndarray], name: str, shape: tuple[int | None, ...], dtype: Any) -> np.ndarray:
     """`arrays[name]`, contiguous, which must have `shape` (None: any size) and `dtype`.
 
@@ -69,5 +102,5 @@ def required(arrays: dict[str, np.ndarray], name: str, shape: tuple[int | None, 
     )
     if not fits:
         came = "nothing" if array is None else f"{array.dtype} {array.shape}"
-        raise ArgumentError(f"state[{name!r}]", f"{np.dtype(dtype)} {shape}", came, "Pass an unaltered state_dict.")
+        raise ArgumentError(f"state[{name!r}]", f"{np.dtype(dtype)} {shape}", came, UNALTERED)
     return array.view(np.ndarray) if isinstance(array, Owned) else np.array(array, order="C")

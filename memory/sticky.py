@@ -12,6 +12,7 @@ from ..backends.exchange import to_numpy
 from ..core import checks
 from ..core.density import attention_mass, looking
 from .rows import token_array
+from .state import UNALTERED
 
 
 def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, exact: bool) -> np.ndarray:
@@ -39,7 +40,7 @@ def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, ex
 def _of_densities(attention: tuple[Any, ...], count: int, edges: np.ndarray, density: str) -> np.ndarray:
     if len(attention) != 2:
         raise ArgumentError("attention", "(mean, variance) or a histogram", f"{len(attention)} arrays", "Pass two.")
-    mean, variance = looking(*attention, density, attention[0])
+    mean, variance = looking(*attention, density, mean=attention[0])
     if mean.ndim < 2 or mean.shape[0] != count or tuple(variance.shape) not in (tuple(mean.shape), (1,)):
         came = f"{tuple(mean.shape)} and {tuple(variance.shape)}"
         raise ShapeError("attention", f"mean and variance ({count}, ..., q)", came, "Pass those of the last read.")
@@ -74,4 +75,19 @@ def generator(seed: int | np.random.Generator) -> np.random.Generator:
     made = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(checks.count("seed", seed, least=0))
     if not isinstance(made.bit_generator, np.random.PCG64):
         raise ArgumentError("seed", "a PCG64 generator", type(made.bit_generator).__name__, "Use default_rng.")
+    return made
+
+
+def resumed(state: Any) -> np.random.Generator:
+    """The generator whose state a state_dict holds.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    made = np.random.default_rng(0)
+    try:
+        made.bit_generator.state = state
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ArgumentError("state['config']", "the state of a PCG64 generator", repr(error), UNALTERED) from error
     return made

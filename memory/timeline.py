@@ -31,4 +31,4 @@ class Timeline:
 
     def at(self, t: np.ndarray, rows: list[int]) -> np.ndarray:
         """Tokens before each place: (T,) -> (rows, T)."""
-        return np.stack([np.interp(t, self.places, self.tokens[row]) for row in rows])
+        return np.array([np.interp(t, self.places, self.tokens[row]) for row in rows]).reshape(len(rows), t.size)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..backends.arrays import framework, namespace
 from ..backends.exchange import like, to_numpy
-from .rows import detached
+from .rows import detached, taken
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,9 @@ class Window:
     def read(self, x: Any, listed: list[int]) -> States:
         """The states of the rows `listed`, beside x."""
         m = int(self.stored[listed].max(initial=0))
-        xp, states = namespace(x), self.beside(x)
-        taken = xp.stack([states[r, self.width - m :, ...] for r in listed])
+        held = taken(self.beside(x), listed)[:, self.width - m :, ...]
         mask = np.arange(m) >= m - self.stored[listed, None]
-        return States(taken, like(mask, x))
+        return States(held, like(mask, x))
 
     def clear(self, listed: list[int]) -> None:
         """Forget the rows `listed`."""

@@ -16,6 +16,15 @@ settings.register_profile("brief", deadline=None, max_examples=10)
 settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `gpu` are for `nox -s gpu` alone; there, a GPU that is missing is a failure."""
+    if "gpu" in config.option.markexpr:
+        return
+    left = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

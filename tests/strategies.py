@@ -171,6 +171,15 @@ def args_expected_basis(draw):
 
 
 @st.composite
+def args_expected(draw):
+    mean, variance = draw(looks(most=40))
+    centers, widths = draw(gaussian_bases(most=40))
+    e = draw(st.sampled_from((1, 2, 17, 64, 65)))
+    lead = draw(st.sampled_from(((), mean.shape[:-1])))
+    return draw(values((*lead, centers.size, e))), mean, variance, centers, widths, draw(st.sampled_from(DENSITIES))
+
+
+@st.composite
 def args_interval_mass(draw):
     edges = np.linspace(0, 1, draw(st.integers(2, 9)))
     return (*draw(looks()), edges, draw(st.sampled_from(DENSITIES)))

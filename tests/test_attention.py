@@ -92,6 +92,26 @@ def test_what_no_query_may_see_may_hold_anything(rng, run, poison):
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
+def test_what_is_not_finite_is_told_by_every_backend(rng, backend):
+    queries, keys, values = (rng.standard_normal((n, 4)).astype("f") for n in (3, 6, 6))
+    keys[2, 1] = np.nan
+    with perdure.backend(backend):
+        for more in ({}, {"positions": np.array([[2, 1]] * 3)}, {"mask": np.eye(3, 6, dtype=bool)}):
+            with pytest.raises(perdure.NonFiniteError, match="keys"):
+                perdure.attend(queries, keys, values, **more)
+        unseen = perdure.attend(queries, keys, values, np.array([[0, 1]] * 3))
+        assert np.isfinite(unseen.output).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_positions_may_be_integers_of_any_kind(dtype):
+    queries, keys = torch.eye(3), torch.arange(15.0).reshape(5, 3)
+    positions = torch.tensor([[0, 4], [1, 2], [3, 3]])
+    expected = perdure.attend(queries, keys, keys, positions)
+    assert torch.equal(perdure.attend(queries, keys, keys, positions.to(dtype)).output, expected.output)
+
+
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_leading_axes_of_every_argument_lead_the_reading(n):
     reading = perdure.attend(np.ones((3, 4)), np.ones((n, 4)), np.ones((2, n, 2)))
@@ -156,6 +176,11 @@ def test_gate_mixes_by_the_sigmoid_and_keeps_local_where_memory_is_empty(rng):
         ({"mask": np.ones((3, 5), bool)}, "mask", perdure.ShapeError),
         ({"positions": [[0], [1]]}, "positions", perdure.FrameworkError),
         ({"positions": torch.zeros(2, 1, dtype=torch.int64)}, "positions", perdure.FrameworkError),
+        ({"mask": torch.ones(2, 5, dtype=torch.bool)}, "mask", perdure.FrameworkError),
+        ({"keys": np.full((5, 3), np.nan)}, "keys", perdure.NonFiniteError),
+        ({"queries": np.full((2, 3), -np.inf)}, "queries", perdure.NonFiniteError),
+        ({"values": np.full((5, 2), np.inf)}, "values", perdure.NonFiniteError),
+        ({"queries": np.full((2, 3), 1e200), "keys": np.full((5, 3), 1e200)}, "queries", perdure.NonFiniteError),
         ({"scale": np.nan}, "scale", perdure.ArgumentError),
         ({"scale": "x"}, "scale", perdure.ArgumentError),
     ],

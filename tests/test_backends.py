@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
+import textwrap
 import threading
 import types
 from contextlib import nullcontext
@@ -150,6 +152,20 @@ def test_an_unknown_name_raises_with_the_known_ones(choose, monkeypatch):
     assert "PERDURE_BACKEND" in str(caught.value)
 
 
+def test_an_unknown_name_is_refused_where_no_kernel_computes_too(monkeypatch):
+    x, basis = RNG.standard_normal((9, 2)), perdure.gaussian_basis(4)
+    signal = perdure.fit(x, basis)  # its operator is kept from here on
+    monkeypatch.setenv("PERDURE_BACKEND", "fortran")
+    for call in (
+        lambda: perdure.fit(x, basis),
+        lambda: perdure.fit(x, perdure.rectangular_basis(4)),
+        lambda: signal.update(x),
+        lambda: perdure.attend(QUERIES, KEYS, KEYS),
+    ):
+        with pytest.raises(perdure.BackendError, match="'fortran'"):
+            call()
+
+
 @pytest.mark.parametrize("name", [None, 3, ("numpy",), np])
 def test_a_name_must_be_a_string(name):
     with pytest.raises(perdure.ArgumentError, match="backend: expected a name"), perdure.backend(name):
@@ -291,6 +307,26 @@ def test_what_is_no_array_raises(thing):
         perdure.top_k(QUERIES, thing, k=1)
 
 
+@pytest.mark.parametrize(
+    ("thing", "received"),
+    [
+        (np.ma.masked_greater(KEYS, 1.0), "MaskedArray"),
+        (KEYS[0].view(np.matrix), "matrix"),
+        (torch.from_numpy(KEYS).to_sparse(), "sparse_coo"),
+    ],
+)
+def test_an_array_that_would_be_misread_is_named(thing, received):
+    queries = QUERIES if isinstance(thing, np.ndarray) else torch.from_numpy(QUERIES)
+    with pytest.raises(perdure.FrameworkError, match=rf"keys: expected a .*{received}"):
+        perdure.top_k(queries, thing, k=1)
+
+
+def test_numbers_of_8_bits_are_no_floats_to_compute_with():
+    eighth = torch.ones(3, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(perdure.DTypeError, match=r"queries: .*float8_e4m3fn"):
+        perdure.top_k(eighth, eighth, k=1)
+
+
 def test_framework_knows_each_and_imports_none():
     assert framework(QUERIES) == "numpy"
     assert framework(torch.zeros(1)) == "torch"
@@ -324,6 +360,17 @@ def test_the_documented_toy_backend_computes_what_it_offers(monkeypatch):
     np.testing.assert_allclose(mixed, expected, rtol=1e-12)
     np.testing.assert_array_equal(unchanged[0, 1], local[0, 1])
     np.testing.assert_array_equal(near.positions, search().positions)
+
+
+def test_the_documented_way_to_add_one_works_from_the_start():
+    """The very lines of the documentation, in an interpreter that has loaded nothing else."""
+    text = (TOY.parents[1] / "backends.rst").read_text("utf-8")
+    lines = text.split(".. code-block:: python\n\n")[1].split("\nWhat a backend")[0]
+    given = "import numpy as np\nmemory_output = local_output = np.ones((2, 3, 4)); bias = np.zeros(2)\n"
+    check = "\nassert mixed.shape == (2, 3, 4)\nassert perdure.core.attention.gated.formula is not None"
+    path = os.pathsep.join([str(TOY.parent), str(Path(perdure.__file__).parents[1])])
+    code = given + textwrap.dedent(lines) + check
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path}, timeout=120)
 
 
 def test_a_backend_registered_anew_replaces_the_old(spy):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from perdure.core import ridge
 from perdure.core.basis import Basis, gaussian_basis, gaussians, rectangular_basis
+from perdure.core.consolidation import Scheme
 from perdure.core.positions import centred
 from scipy import linalg, stats
 
@@ -60,6 +61,12 @@ def test_two_widths_are_interleaved():
         lambda: Basis([0.2, 0.9], [0.1, 0.1], "rectangular"),
         lambda: Basis([0.5], [0.1], "cubic"),
         lambda: Basis([np.inf], [0.1]),
+        lambda: Basis("a", [0.1]),
+        lambda: Basis([1j], [0.1]),
+        lambda: gaussian_basis(4, widths="a"),
+        lambda: gaussian_basis(4, widths=[None]),
+        lambda: gaussian_basis(4, widths=[[1.0], [1.0, 2.0]]),
+        lambda: gaussian_basis("four"),
     ],
 )
 def test_hopeless_bases_are_refused(make):
@@ -80,6 +87,31 @@ def test_operator_solves_the_normal_equations(n, penalty):
     assert np.allclose(made.matrix, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
     eigenvalues = np.maximum(linalg.eigvalsh(gram), 0)
     assert np.isclose(made.degrees_of_freedom, (eigenvalues / (eigenvalues + lam)).sum())
+
+
+@pytest.mark.parametrize("widths", [(0.005, 0.01), 0.02, None])
+@pytest.mark.parametrize("spans", [[(0, 1)], [(0.5, 0.5001)], [(0.4, 0.45), (0.9, 0.91)], [(0, 0.01), (0.99, 1)]])
+def test_a_narrow_basis_is_solved_as_if_it_were_not(rng, widths, spans):
+    """The band of F F^T, the windows of F and what is let go below rounding change nothing that can be seen."""
+    basis, t = gaussian_basis(512, widths), np.concatenate([np.linspace(*span, 150) for span in spans])
+    F = basis(t).T
+    assert np.abs(ridge.transposed(basis, t) - F).max() < 1e-16 * F.max()
+    made = ridge.fit_operator(basis, t, 1e-3)
+    wanted = linalg.solve(F @ F.T + made.penalty * np.eye(512), F, assume_a="pos")
+    assert np.abs(made.matrix - wanted).max() < 1e-9 * np.abs(wanted).max()
+    scheme = Scheme(basis, 1e-3, 200)
+    operator = scheme.later(0.5, 100)
+    C = operator.matrix[:, :200] @ basis(scheme.old_positions())
+    assert np.abs(scheme.recurrence(operator) - C).max() < 1e-13 * np.abs(C).max()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_first_fit_may_be_to_a_single_sample(length):
+    basis = gaussian_basis(512)
+    F = basis(centred(length)).T
+    made = ridge.fit_operator(basis, centred(length), 1e-3)
+    wanted = linalg.solve(F @ F.T + made.penalty * np.eye(512), F, assume_a="pos")
+    assert np.allclose(made.matrix, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
 
 
 def test_qr_takes_over_and_agrees_with_least_squares():

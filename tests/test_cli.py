@@ -281,6 +281,22 @@ def test_info_tells_what_computes(capsys):
     assert all(f"\n  {name}: " in printed for name in ("numpy", "numba", "torch", "cupy", "threads"))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (MemoryError("Unable to allocate 1 PiB"), "not enough memory. Unable to allocate 1 PiB"),
+    ],
+)
+def test_a_full_disk_and_a_full_memory_are_one_line(monkeypatch, capsys, error, said):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("perdure.bindings.info.run", fail)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == f"perdure info: {said}\n"
+
+
 def test_a_version_is_told(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

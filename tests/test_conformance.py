@@ -7,10 +7,14 @@ memory that results are built in is filled with NaN first.
 
 from __future__ import annotations
 
+import math
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import array_api_strict
+import cuda_host
 import numpy as np
 import perdure.core.attention
 import perdure.core.density
@@ -37,6 +41,7 @@ class Run:
     backend: str  # who computes NumPy's arrays
     dtypes: tuple[str, ...]
     autograd: bool = False
+    device: str = "cpu"  # of PyTorch's tensors
 
 
 HALVES, FLOATS = ("float16", "bfloat16"), ("float32", "float64")
@@ -46,6 +51,7 @@ RUNS = {
     "torch": Run("torch", "numba", (*HALVES, *FLOATS)),
     "torch-autograd": Run("torch", "numba", ("bfloat16", *FLOATS), autograd=True),
     "array-api-strict": Run("array-api", "numpy", FLOATS),
+    "cuda-on-host": Run("numpy", "cuda-on-host", FLOATS),  # CUDA sources run on the CPU: their logic, not a GPU
     # every other backend there is on this machine computes NumPy's arrays, CuPy on a GPU among them
     **{
         f"numpy-on-{name}": Run("numpy", name, ("float16", *FLOATS))
@@ -53,17 +59,26 @@ RUNS = {
         if name not in ("numpy", "numba")
     },
 }
+ON_GPU = {
+    "cupy": Run("cupy", "numba", ("float16", *FLOATS)),
+    "torch-cuda": Run("torch", "numba", (*HALVES, *FLOATS), device="cuda"),
+    "torch-cuda-autograd": Run("torch", "numba", ("bfloat16", *FLOATS), autograd=True, device="cuda"),
+}
 
 
 def convert(array, run, dtype, layout):
     """A float64 NumPy array as the run's framework has it, in a memory layout, and as float64 after that rounding."""
     floating = np.issubdtype(array.dtype, np.floating)
     if run.framework == "torch":
-        tensor = torch.from_numpy(array.copy())
+        tensor = torch.from_numpy(array.copy()).to(run.device)
         tensor = lay_out_tensor(tensor.to(getattr(torch, dtype)) if floating else tensor, layout)
         return tensor.requires_grad_(floating and run.autograd), as_numpy(tensor).copy()
     rounded = lay_out(array.astype(dtype) if floating else array, layout)
     exact = rounded.astype(np.float64) if floating else rounded
+    if run.framework == "cupy":
+        import cupy
+
+        return lay_out(cupy.asarray(rounded), layout), exact
     return array_api_strict.asarray(rounded.copy()) if run.framework == "array-api" else rounded, exact
 
 
@@ -95,25 +110,31 @@ def lay_out_tensor(tensor, layout):
 
 def as_numpy(result):
     if framework(result) == "torch":
-        return result.detach().to(torch.float64 if result.is_floating_point() else result.dtype).numpy()
+        return result.detach().to(torch.float64 if result.is_floating_point() else result.dtype).cpu().numpy()
+    if framework(result) == "cupy":
+        result = result.get()
     return np.asarray(result).astype(np.float64) if is_floating(result) else np.asarray(result)
 
 
 @contextmanager
-def poisoned_memory():
-    """Inside, `np.empty` hands out NaN, so that an element left unwritten cannot pass for a number."""
-    empty = np.empty
+def poisoned_memory(run):
+    """Inside, `empty` of NumPy, and on a GPU of the run's framework, hands out NaN: an element left unwritten shows."""
+    modules = [np, sys.modules[run.framework]] if run in ON_GPU.values() else [np]
+    kept = [(module, module.empty) for module in modules]
 
-    def poisoned(*args, **kwargs):
+    def poisoned(empty, *args, **kwargs):
         array = empty(*args, **kwargs)
-        array.fill(np.nan if np.issubdtype(array.dtype, np.floating) else 77)
+        if array.shape != ():
+            array[...] = math.nan if is_floating(array) else 77
         return array
 
-    np.empty = poisoned
+    for module, empty in kept:
+        module.empty = partial(poisoned, empty)
     try:
         yield
     finally:
-        np.empty = empty
+        for module, empty in kept:
+            module.empty = empty
 
 
 def assert_close(name, result, expected, dtype, wide=False):
@@ -143,12 +164,12 @@ def assert_retrieved(results, expected, args, dtype):
         assert len(set(kept)) == len(kept)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*RUNS, *(pytest.param(run, marks=pytest.mark.gpu) for run in ON_GPU)])
 @pytest.mark.parametrize("name", sorted(KERNELS))
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_kernel_agrees_with_its_formula(name, run, data):
-    kernel, run = KERNELS[name], RUNS[run]
+    kernel, run = KERNELS[name], {**RUNS, **ON_GPU}[run]
     dtype = data.draw(st.sampled_from(run.dtypes), label="dtype")
     drawn = data.draw(getattr(strategies, f"args_{name}")(), label="args")
     layout = data.draw(strategies.LAYOUTS, label="layout")
@@ -158,9 +179,9 @@ def test_kernel_agrees_with_its_formula(name, run, data):
 
     with np.errstate(all="ignore"):
         expected = kernel.formula(*exact)
-    with perdure.backend(run.backend):
+    with cuda_host.registered(), perdure.backend(run.backend):
         kernel(*args)  # compiles, which needs the real np.empty
-        with poisoned_memory():
+        with poisoned_memory(run):
             results = kernel(*args)
 
     expected = expected if isinstance(expected, tuple) else (expected,)

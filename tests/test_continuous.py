@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from perdure.core import original
 from perdure.core.consolidation import Scheme, updated, updated_in_bins
 from perdure.memory.protocol import Memory
+from perdure.memory.state import pack, unpack
 
 import perdure
 
@@ -275,6 +276,17 @@ X = np.ones((2, 4, 3))
         (perdure.ArgumentError, lambda m: m.write(X, attention=np.full((2, 4), np.nan))),
         (perdure.ShapeError, lambda m: m.write(X, attention=np.ones((1, 4)))),
         (perdure.ArgumentError, lambda m: m.write(X, attention=np.ones((2, 0)))),
+        (perdure.NonFiniteError, lambda m: m.write(X * 1e100)),  # finite as float64, not as it would be stored
+        (perdure.NonFiniteError, lambda m: m.write(X * 1e30)),  # its squares would not be
+        (perdure.FrameworkError, lambda m: m.write(None)),
+        (perdure.FrameworkError, lambda m: m.write(X, attention=("a", 0.1))),
+        (perdure.FrameworkError, lambda m: m.write(X, attention=(None, None))),
+        (perdure.DTypeError, lambda m: m.write(X, attention=(np.full((2, 1), 0.5), "a"))),
+        (perdure.DTypeError, lambda m: m.read(np.full((2, 1), 0.5), "a")),
+        (perdure.ShapeError, lambda m: m.read(np.full((2, 1), 0.5), [0.1, 0.2])),
+        (perdure.ShapeError, lambda m: m.shown(0.5)),
+        (perdure.DTypeError, lambda m: m.shown("a")),
+        (perdure.ArgumentError, lambda m: m.shown([2.0])),
         (perdure.ArgumentError, lambda m: m.write(X, attention=(np.full((2, 3), 2.0), np.ones((2, 3))))),
         (perdure.ArgumentError, lambda m: m.write(X, attention=(np.full((2, 3), 0.5),))),
         (perdure.ShapeError, lambda m: m.write(X, attention=(np.full((1, 3), 0.5), np.ones((1, 3))))),
@@ -337,3 +349,25 @@ def test_the_timeline_says_which_token_a_place_shows(rng):
         assert np.allclose(mem.shown([0, 1]), [[0, 256]])
     mem.clear()
     assert not mem.shown([0, 0.5, 1]).any()
+
+
+def test_no_rows_and_no_tokens_are_no_mistake(rng):
+    mem = memory()
+    mem.write(X)
+    before = mem.state_dict()
+    mem.write(X[:, :0])
+    mem.write(X[:0], rows=[])
+    assert mem.read(np.zeros((0, 1)), 0.1, rows=[]).output.shape == (0, 1, 3)
+    assert mem.read(np.zeros((2, 0)), 0.1).output.shape == (2, 0, 3)
+    assert mem.shown([0.5], rows=[]).shape == (0, 1)
+    after = mem.state_dict()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["generator", "rows", "ridge", "kind_of_basis", "last_segment", "none such"])
+def test_an_altered_configuration_is_refused(name):
+    mem = memory()
+    mem.write(X)
+    config, arrays = unpack("ContinuousMemory", mem.state_dict())
+    with pytest.raises(perdure.ArgumentError):
+        perdure.ContinuousMemory.from_state_dict(pack("ContinuousMemory", {**config, name: {"altered": [1]}}, arrays))

@@ -21,6 +21,7 @@ STANDARD = {
     "FrameworkError": TypeError,
     "BackendError": RuntimeError,
     "MissingPackageError": ImportError,
+    "DeviceMemoryError": MemoryError,
     "FileError": OSError,
     "RecallError": RuntimeError,
     "StoreError": OSError,

@@ -60,6 +60,8 @@ def test_common_layouts_are_understood(tmp_path, text):
         (b"1\n2\n", ["--segment", "1", "--contraction", "2"]),
         (b"1\n2\n", ["--out", "/nowhere/at/all.npy"]),
         (b"1\n2\n", ["--out", "/"]),
+        (b"1\n2\n", ["--out", "/dev/full"]),
+        (b"1\n2\n", ["--plot", "picture.foo"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, content, arguments):

@@ -59,6 +59,11 @@ def test_large_energies_find_one_bin():
         ),
         lambda: perdure.gibbs_value("signal", np.ones((1, 4))),
         lambda: perdure.gibbs_mass(np.ones((1, 4)), perdure.rectangular_basis(4), [0, 2]),
+        lambda: perdure.gibbs_mass(np.ones((1, 4)), perdure.rectangular_basis(4), [1, 0.5]),
+        lambda: perdure.gibbs_mass(np.ones((1, 4)), perdure.rectangular_basis(4), [[0.0, 1.0]]),
+        lambda: perdure.gibbs_mass(np.ones((1, 4)), perdure.rectangular_basis(4), "a"),
+        lambda: perdure.gibbs_mass(np.ones((1, 4)), "basis", [0, 1]),
+        lambda: perdure.gibbs_mass([[1.0]], perdure.rectangular_basis(1), [0, 1]),
     ],
 )
 def test_bad_input_is_named(call):

@@ -124,7 +124,9 @@ def test_rows_do_not_mix_and_torch_comes_back(rng):
         (perdure.ShapeError, lambda m, x: m.write(x, x[..., :2])),
         (perdure.NonFiniteError, lambda m, x: m.write(x * np.nan, x)),
         (perdure.NonFiniteError, lambda m, x: m.write(x, x * np.inf)),
+        (perdure.NonFiniteError, lambda m, x: m.write(x, np.full_like(x, 4e18))),  # fits alone, not beside the others
         (perdure.FrameworkError, lambda m, x: m.write(x, torch.from_numpy(x))),
+        (perdure.ArgumentError, lambda m, x: m.read(x, scale="a")),
         (perdure.ShapeError, lambda m, x: m.write(x, x, mask=np.ones((2, 2), bool))),
         (perdure.ArgumentError, lambda m, x: m.write(x, x, rows=[0, 3])),
         (perdure.ArgumentError, lambda m, x: m.read(x, k=0)),

@@ -27,6 +27,7 @@ PUBLIC = [
     "CompressiveMemory",
     "ContinuousMemory",
     "DTypeError",
+    "DeviceMemoryError",
     "FileError",
     "ForkError",
     "FrameworkError",
@@ -59,6 +60,7 @@ PUBLIC = [
     "gibbs_mass",
     "gibbs_value",
     "load",
+    "mass",
     "merge",
     "open",
     "rectangular_basis",
@@ -67,7 +69,7 @@ PUBLIC = [
 ]
 
 
-def files(folder: Path, suffixes: tuple[str, ...] = (".py", ".typed")) -> dict[str, bytes]:
+def files(folder: Path, suffixes: tuple[str, ...] = (".py", ".typed", ".cu")) -> dict[str, bytes]:
     """Contents of the files in `folder` by relative name; links are followed."""
     found = {}
     for place, folders, names in os.walk(folder, followlinks=True):

@@ -95,3 +95,17 @@ def test_what_top_k_rejects(change, argument, error):
     with pytest.raises(error) as caught:
         perdure.top_k(**(arguments | change))
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e300])
+@pytest.mark.parametrize("run", ["numpy", "numba", "torch"])
+def test_a_key_that_no_query_may_see_may_hold_anything(rng, run, poison):
+    queries, keys = rng.standard_normal((3, 4)), rng.standard_normal((2, 6, 4))
+    mask = np.array([True, False, True, True, False, True])
+    clean = perdure.top_k(queries, keys, 9, mask=mask)
+    keys[:, ~mask] = poison
+    arrays = [torch.from_numpy(a) if run == "torch" else a for a in (queries, keys, mask)]
+    with perdure.backend("numpy" if run == "torch" else run):
+        near = perdure.top_k(*arrays[:2], 9, mask=arrays[2])
+    np.testing.assert_array_equal(near.positions, clean.positions)
+    np.testing.assert_allclose(near.scores, clean.scores)

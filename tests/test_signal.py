@@ -186,6 +186,15 @@ BASIS = gaussian_basis(4)
         (perdure.ArgumentError, lambda: perdure.fit(X, BASIS).update(X, where=-np.ones(3))),
         (perdure.ShapeError, lambda: perdure.fit(X, BASIS).update(X, where=np.ones((2, 3)))),
         (perdure.ShapeError, lambda: perdure.fit(X, BASIS).update(X, where=np.ones(0))),
+        (perdure.DTypeError, lambda: perdure.fit(X, BASIS).update(X, where="a")),
+        (perdure.DTypeError, lambda: perdure.fit(X, BASIS).update(X, where=[[1.0], [1.0, 2.0]])),
+        (perdure.FrameworkError, lambda: perdure.fit(X, BASIS).update(torch.ones(4, 2, dtype=torch.float64))),
+        (perdure.ArgumentError, lambda: perdure.fit(X, BASIS).update(X, where=np.ones(3), rng=3)),
+        (perdure.ArgumentError, lambda: perdure.fit(X, BASIS).update(X, rng=np.random.RandomState(0))),
+        (perdure.DTypeError, lambda: perdure.fit(X, BASIS)(None)),
+        (perdure.ArgumentError, lambda: perdure.fit(X, BASIS, ridge=1e308)),
+        (perdure.ArgumentError, lambda: perdure.fit(X, Basis([0.0], [0.01]), ridge="gcv")),
+        (perdure.DTypeError, lambda: perdure.fit(X, BASIS, positions="a")),
         (perdure.ArgumentError, lambda: perdure.fit(X, BASIS).report(segment=-1)),
         (perdure.ArgumentError, lambda: perdure.fit(X, BASIS).report(features=0)),
     ],
@@ -193,6 +202,13 @@ BASIS = gaussian_basis(4)
 def test_bad_input_is_named(error, call):
     with pytest.raises(error):
         call()
+
+
+def test_an_error_names_the_arguments_of_the_caller():
+    with pytest.raises(perdure.FrameworkError, match="as x is"):
+        perdure.fit(X, BASIS, positions=torch.linspace(0, 1, 4))
+    with pytest.raises(perdure.FrameworkError, match="as signal is"):
+        perdure.expected_value(perdure.fit(X, BASIS), torch.ones(1), 0.1)
 
 
 def test_report_predicts_what_happens():

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from ..special import NARROWEST, WIDEST
 from .fast import erf, exp
 
 REACH = 12.0  # in widths: e^-72 of the peak is less than any sum of peaks can notice
 EDGE = {4: 5.5, 8: 8.5}  # by itemsize, in deviations: farther inside [0, 1], a density has no tail outside to speak of
 INVERSE_ROOT_2PI = 1 / math.sqrt(2 * math.pi)
 INVERSE_ROOT_2 = 1 / math.sqrt(2)
-NARROWEST, WIDEST = 1e-12, 1e12
 
 
 def plain(array: np.ndarray) -> np.ndarray:

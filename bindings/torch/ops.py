@@ -20,6 +20,7 @@ from ...memory.knn import KNNMemory
 
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+FOLLOWED_TO = {"cuda"}  # types of devices where a memory lives beside its layer; tests add the CPU
 
 
 class Ledger:
@@ -70,6 +71,8 @@ class Ledger:
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
         """Write every complete segment of the window, of all rows at once or, where that is refused, of none."""
+        if keys.device.type in FOLLOWED_TO and self.memory.index == "exact" and self.memory.device != keys.device:
+            self.memory = self.memory.to(keys.device)
         begins, window = position.cpu().numpy(), keys.shape[2]
         held = begins // self.segment * self.segment - self.lag  # tokens memory should hold
         due = np.maximum(held - self.memory.written, 0)

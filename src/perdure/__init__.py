@@ -15,7 +15,7 @@ _HOMES = {
     "perdure.core.attention": ["Reading", "attend", "gate", "merge"],
     "perdure.core.basis": ["Basis", "gaussian_basis", "rectangular_basis"],
     "perdure.core.compression": ["compress"],
-    "perdure.core.density": ["expected_value"],
+    "perdure.core.density": ["expected_value", "mass"],
     "perdure.core.gibbs": ["gibbs_mass", "gibbs_value"],
     "perdure.core.report": ["SignalReport"],
     "perdure.core.retrieval": ["Neighbours", "top_k"],
@@ -33,6 +33,7 @@ _HOMES = {
         "ArgumentError",
         "BackendError",
         "DTypeError",
+        "DeviceMemoryError",
         "FileError",
         "ForkError",
         "FrameworkError",
@@ -49,6 +50,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 _MODULES = {"plot": "perdure.bindings.plot"}
+_FLOORS = ("backends", "bindings", "core", "memory")
 
 __all__ = sorted(_HOME)
 
@@ -56,6 +58,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
+    if name in _FLOORS:
+        return importlib.import_module(f"perdure.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'perdure' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -64,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__, *_MODULES, *_FLOORS})

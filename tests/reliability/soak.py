@@ -36,15 +36,16 @@ def soak(count, seed, under="durable"):
             keys = drawn(rng, shape["capacity"])
             memory = store.memory(name, kind="knn", **shape)
             memory.write(keys, keys)
-            memory.read(keys[:, :, :4], k=8)
+            memory.read(drawn(rng, 4), k=8)
         store.checkpoint()
         started = time.monotonic()
         while time.monotonic() - started < count or len(spent) < ROUNDS:
             name, keys, more = NAMES[rng.integers(12)], drawn(rng, TOKENS), drawn(rng, NEW)
+            queries = drawn(rng, 32)  # as at the end: an index learns from what it is asked
             clocks = time.perf_counter(), time.process_time()
             for memory, new in ((store.memory(name), keys), (store.memory("indexed"), more)):
                 memory.write(new, new)
-                memory.read(new[:, :, :4], k=8)
+                memory.read(queries, k=8)
             store.commit()
             spent.append((time.perf_counter() - clocks[0], time.process_time() - clocks[1]))
             if len(spent) % 8 == 0:
@@ -89,12 +90,12 @@ def growth(values, quantile):
 
 
 def as_found(memory, rng):
-    """Share of the eight nearest found by the aged memory, and by one made anew; both after 20 searches."""
+    """Share of the eight nearest found by the aged memory, and by one made anew; both after 64 searches."""
     keys = memory.state_dict()["rows.0.keys"][None]
     fresh, exact = (perdure.KNNMemory(**{**INDEXED, "index": index}) for index in ("ivf", "exact"))
     fresh.write(keys, keys)
     exact.write(keys, keys)
-    for _ in range(20):
+    for _ in range(64):
         queries = drawn(rng, 32)
         for one in (memory, fresh):
             one.search(queries, k=8)

@@ -9,7 +9,7 @@ from scipy import linalg, optimize
 
 from ..backends.exchange import to_numpy
 from .basis import Basis
-from .ridge import CACHE, transposed
+from .ridge import CACHE, in_reach, transposed
 
 GRID = np.logspace(-8, 2, 41)  # relative penalties tried before the best is refined
 
@@ -22,6 +22,7 @@ def validated_ridge(x: Any, basis: Basis, positions: np.ndarray) -> float:
     Source: Golub, Heath and Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter"
     (Technometrics 1979), equation 1.3.
     """
+    in_reach(basis, positions)
     key = (basis.key, positions.tobytes(), "svd")
     U, S = CACHE.get(key, lambda: _svd(basis, positions), lambda made: sum(a.nbytes for a in made))
     X = np.moveaxis(to_numpy(x).astype(np.float64), -2, 0).reshape(positions.size, -1)  # (L, ...)

@@ -1,0 +1,322 @@
+"""One row's (key, value) pairs on a device: a ring of the newest, and older ones in main memory where asked for.
+
+The device's arrays are of the array-API standard: what holds on a GPU runs, and is checked, on any device that speaks
+it. What the ring has no more room for moves into a `Row` in main memory; a search asks both.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+
+from ..backends.arrays import cast, name_of, namespace
+from ..backends.devices import Place, memory_of
+from ..backends.errors import ArgumentError
+from ..backends.exchange import to_numpy
+from ..core.attention import attention, gather
+from ..core.retrieval import retrieve
+from .indexes.exact import ExactIndex
+from .row import SMALLEST, Row
+from .storage import DTYPES, LEVELS, RAW, computing
+
+STORED_AS = {name: name for name in DTYPES} | {"bfloat16": "int16"}  # its bits: the array API has no bfloat16
+
+
+def check(place: Place, index: str, dtype: str) -> None:
+    """The choices of a memory at `place` are those that there are on a device.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if index != "exact":
+        raise ArgumentError("index", '"exact" on a device', repr(index), 'Pass index="exact", or device="cpu".')
+    bits = dtype != "bfloat16" or hasattr(place.empty((0,), place.xp.float32), "view")
+    if not bits or not hasattr(place.xp, STORED_AS[dtype]):
+        raise ArgumentError("dtype", f"one that {place.device} computes with", repr(dtype), 'Pass dtype="float32".')
+
+
+class DeviceRow:
+    """What `Row` does, with arrays at `place`; the token at position p stands in slot p % ring.
+
+    Parameters
+    ----------
+    place : Place
+    ring : int
+        The most tokens held there; `capacity` - `ring` older ones are held in main memory.
+    """
+
+    def __init__(
+        self, place: Place, ring: int, heads: int, dim: int, value_dim: int, capacity: int, dtype: str, space: str
+    ):
+        self.place, self.ring, self.capacity, self.dtype, self.space = place, ring, capacity, dtype, space
+        self.sizes = {"keys": (heads, dim), "values": (heads, value_dim)}
+        self.written = 0  # tokens in the row's whole history
+        self.arrays: dict[str, Any] = {}
+        self._allocate(0, False)
+        index = ExactIndex(heads, dim, space, np.dtype(RAW[dtype]))
+        self.older = Row(heads, dim, value_dim, capacity - ring, dtype, index) if ring < capacity else None
+
+    # ---- how much there is ------------------------------------------------------------------------------------------
+
+    @property
+    def stored(self) -> int:
+        """Tokens held now, main memory included."""
+        return min(self.written, self.capacity)
+
+    @property
+    def here(self) -> int:
+        """Tokens in the ring."""
+        return min(self.written, self.ring)
+
+    @property
+    def oldest(self) -> int:
+        """Position of the oldest token in the ring."""
+        return self.written - self.here
+
+    @property
+    def slots(self) -> int:
+        """Slots of the ring that are allocated."""
+        return self.arrays["keys"].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        device = sum(math.prod(a.shape) * np.dtype(name_of(a.dtype)).itemsize for a in self.arrays.values())
+        return device + (0 if self.older is None else self.older.nbytes)
+
+    @property
+    def index(self) -> Any:
+        """For `explain`."""
+        return _Explained(self)
+
+    # ---- writing ----------------------------------------------------------------------------------------------------
+
+    def _allocate(self, slots: int, tagged: bool) -> None:
+        """Arrays of `slots` with what was held copied into them."""
+        xp, made = self.place.xp, {}
+        for name, (heads, width) in self.sizes.items():
+            made[name] = self.place.empty((heads, slots, width), getattr(xp, STORED_AS[self.dtype]))
+            if self.dtype == "int8":
+                made[f"{name}_scales"] = self.place.empty((heads, slots), xp.float32)
+        if tagged or "tags" in self.arrays:
+            with memory_of(self.place.device):
+                made["tags"] = xp.full((1, slots), -1, dtype=xp.int64, device=self.place.device)
+        for name, array in self.arrays.items():
+            made[name][:, : self.here, ...] = array[:, : self.here, ...]
+        self.arrays = made
+
+    def reserve(self, tokens: int, tagged: bool) -> None:
+        """Allocate for `tokens` more; all that can fail in a write fails here, before anything has changed."""
+        if self.older is not None:
+            leaving = max(self.written + tokens - self.ring, 0) - self.older.written
+            self.older.reserve(leaving, tagged or "tags" in self.arrays)
+        needed, slots = min(self.written + tokens, self.ring), self.slots
+        if needed > slots:
+            slots = min(max(needed, 2 * slots, SMALLEST), self.ring)
+        if slots > self.slots or (tagged and "tags" not in self.arrays):
+            self._allocate(slots, tagged)
+
+    def write(self, parts: dict[str, Any], tags: np.ndarray | None) -> None:
+        """Append `parts` (heads, n, ...), encoded, at the place, and tags (n,)."""
+        n = parts["keys"].shape[1]
+        self.reserve(n, tags is not None)
+        if "tags" in self.arrays:
+            given = np.full((1, n), -1, np.int64) if tags is None else tags[None]
+            parts = {**parts, "tags": self.place.take(given)}
+        if self.older is not None:
+            self._push_out(parts, n)
+        kept = min(n, self.ring)
+        for slots, taken in _ranges(self.written + n - kept, self.written + n, self.ring):
+            for name, part in parts.items():
+                self.arrays[name][:, slots, ...] = part[:, n - kept + taken.start : n - kept + taken.stop, ...]
+        self.written += n
+
+    def _push_out(self, parts: dict[str, Any], n: int) -> None:
+        """Move to main memory what leaves the ring when n come; more than the ring holds passes through at once."""
+        first, last = self.oldest, max(self.written + n - self.ring, self.oldest)
+        leaving = min(last, self.written)
+        chunks = [
+            {name: a[:, slots, ...] for name, a in self.arrays.items()}
+            for slots, _ in _ranges(first, leaving, self.ring)
+        ]
+        if last > self.written:
+            chunks.append({name: part[:, : last - self.written, ...] for name, part in parts.items()})
+        for chunk in chunks:
+            moved = {name: as_stored(name, a, self.dtype) for name, a in chunk.items()}
+            tags = moved.pop("tags", None)
+            self.older.write(moved, None if tags is None else tags[0])  # type: ignore[union-attr]
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def numbers(self, name: str) -> Any:
+        """The ring's keys or values as they are computed with."""
+        scales = self.arrays.get(f"{name}_scales")
+        return decode(self.arrays[name][:, : self.here, ...], None if scales is None else scales[:, : self.here])
+
+    def search(self, queries: Any, k: int) -> tuple[Any, Any]:
+        """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""
+        with memory_of(self.place.device):
+            start = self.oldest % self.ring
+            scores, ages = retrieve(queries, self.numbers("keys"), k, self.space, None, start)
+            xp = namespace(scores)
+            positions = xp.where(ages >= 0, ages + self.oldest, -1)
+            if self.older is None or not self.older.stored:
+                return scores, positions
+            others = [self.place.take(a) for a in self.older.search(to_numpy(queries), k)]
+            scores, positions = (xp.concat(pair, axis=-1) for pair in zip((scores, positions), others, strict=True))
+            order = xp.argsort(-scores, axis=-1, stable=True)[..., :k]  # of equals the ring's, which are newer
+            return tuple(xp.take_along_axis(a, order, axis=-1) for a in (scores, positions))
+
+    def attend(self, queries: Any, positions: Any, scale: float) -> tuple[Any, Any]:
+        """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""
+        xp = namespace(queries)
+        if self.stored == 0:
+            shape = (*positions.shape[:2], self.sizes["values"][1])
+            nothing = xp.zeros(shape, dtype=queries.dtype, device=queries.device)
+            return nothing, xp.sum(nothing, axis=-1) - np.inf
+        with memory_of(self.place.device):
+            if self.dtype in ("float32", "float64") and (self.older is None or not self.older.stored):
+                ages = xp.where(positions >= 0, positions - self.oldest, -1)
+                pairs = self.numbers("keys"), self.numbers("values")
+                return attention(queries, *pairs, ages, scale, None, self.oldest % self.ring)
+            taken, found = self.gather(positions), (positions >= 0)[..., None, :]
+            output, lse = attention(queries[..., None, :], taken["keys"], taken["values"], None, scale, found, 0)
+        return output[..., 0, :], lse[..., 0]
+
+    def gather(self, positions: Any) -> dict[str, Any]:
+        """Keys, values and tags at `positions` (heads, q, k); zeros, and tag -1, where the position is -1."""
+        taken = self._gather_here(self.place.xp.where(positions >= self.oldest, positions, -1))
+        if self.older is not None and self.older.stored:
+            numbers = to_numpy(positions)
+            others = self.older.gather(np.where(numbers < self.oldest, numbers, -1))
+            for name in ("keys", "values"):
+                taken[name] = taken[name] + self.place.take(others[name])
+            if others["tags"] is not None and taken["tags"] is not None:
+                xp = namespace(positions)
+                taken["tags"] = xp.where(positions >= self.oldest, taken["tags"], self.place.take(others["tags"]))
+        return taken
+
+    def _gather_here(self, positions: Any) -> dict[str, Any]:
+        xp, found = namespace(positions), positions >= 0
+        taken: dict[str, Any] = {"tags": None}
+        if "tags" in self.arrays:
+            taken["tags"] = xp.full(positions.shape, -1, dtype=xp.int64, device=positions.device)
+        if not self.here:
+            kind = getattr(xp, computing(self.dtype).name)
+            for name, (_, width) in self.sizes.items():
+                taken[name] = xp.zeros((*positions.shape, width), dtype=kind, device=positions.device)
+            return taken
+        slots = xp.where(found, positions % self.ring, 0)
+        entries = {name: gather(a if a.ndim == 3 else a[..., None], slots) for name, a in self.arrays.items()}
+        for name in ("keys", "values"):
+            scales = entries.get(f"{name}_scales")
+            numbers = decode(entries[name], None if scales is None else scales[..., 0])
+            taken[name] = xp.where(found[..., None], numbers, xp.zeros_like(numbers))
+        if "tags" in entries:
+            taken["tags"] = xp.where(found, entries["tags"][..., 0], -1)
+        return taken
+
+    def tags_at(self, positions: Any) -> Any:
+        """Tags at `positions` (heads, q, k), -1 where the position is -1; None where no tags are kept."""
+        return self.gather(positions)["tags"] if "tags" in self.arrays else None
+
+    # ---- to and from main memory ------------------------------------------------------------------------------------
+
+    def saved(self) -> dict[str, np.ndarray]:
+        """The row's arrays as `Row` would hold them: the token at position p in slot p % capacity, (heads, stored)."""
+        out: dict[str, np.ndarray] = {}
+        at = np.arange(self.written - self.stored, self.written)
+        for name, array in self.arrays.items():
+            ring = as_stored(name, array, self.dtype)
+            whole = np.empty((ring.shape[0], self.stored, *ring.shape[2:]), ring.dtype)
+            newest = at[at >= self.oldest]
+            whole[:, newest % self.capacity] = ring[:, newest % self.ring]
+            if self.older is not None and self.older.stored:
+                old = at[at < self.oldest]
+                whole[:, old % self.capacity] = self.older.arrays[name][:, old % self.older.capacity]
+            out[name] = whole
+        return out
+
+    @classmethod
+    def of(cls, row: Row, place: Place, ring: int, space: str) -> DeviceRow:
+        """What `row` holds, at `place`."""
+        (heads, _, dim), (_, _, value_dim) = (row.arrays[name].shape for name in ("keys", "values"))
+        made = cls(place, ring, heads, dim, value_dim, row.capacity, row.dtype, space)
+        made.written = row.written
+        slots = min(max(made.here, SMALLEST), ring)
+        newest, older = np.arange(made.oldest, made.written), np.arange(row.oldest, made.oldest)
+        if made.older is not None:
+            made.older.written = made.oldest
+        for name, array in row.arrays.items():
+            part = np.zeros((array.shape[0], slots, *array.shape[2:]), array.dtype)
+            part[:, newest % ring] = array[:, newest % row.capacity]
+            bits = part.view(np.int16) if part.dtype == np.uint16 else part
+            with memory_of(place.device):
+                made.arrays[name] = place.xp.asarray(bits, device=place.device)
+            if made.older is not None:
+                part = np.empty((array.shape[0], older.size, *array.shape[2:]), array.dtype)
+                part[:, older % made.older.capacity] = array[:, older % row.capacity]
+                made.older.arrays[name] = part
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceRow:
+        made = copy.copy(self)
+        made.arrays = {n: namespace(a).asarray(a, copy=True) for n, a in self.arrays.items()}
+        made.older = copy.deepcopy(self.older, memo)
+        return made
+
+
+class _Explained:
+    """How a row is searched, in words."""
+
+    nbytes = 0
+
+    def __init__(self, row: DeviceRow):
+        self.row = row
+
+    def explain(self) -> str:
+        older = "" if self.row.older is None else f", {self.row.older.stored} more in main memory"
+        return f"every key is scored, {self.row.here} of them on {self.row.place.device}{older}"
+
+
+def encode(name: str, numbers: Any, dtype: str) -> dict[str, Any]:
+    """`storage.encode` for arrays of any framework: vectors (..., d) as they are stored."""
+    xp = namespace(numbers)
+    if dtype == "bfloat16":  # the upper half of float32, rounded to nearest, ties to even
+        bits = numbers.view(xp.int32)
+        return {name: cast((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16, xp.int16)}
+    if dtype != "int8":
+        return {name: cast(numbers, getattr(xp, dtype))}
+    scales = xp.max(xp.abs(numbers), axis=-1) / LEVELS
+    steps = xp.where(scales > 0, scales, xp.ones_like(scales))[..., None]
+    codes = xp.clip(xp.round(numbers / steps), -LEVELS, LEVELS)
+    return {name: cast(codes, xp.int8), f"{name}_scales": scales}
+
+
+def decode(stored: Any, scales: Any) -> Any:
+    """`storage.decode` likewise: the numbers that stored vectors stand for, in the dtype they are computed with."""
+    xp = namespace(stored)
+    if stored.dtype == xp.int16:
+        return (cast(stored, xp.int32) << 16).view(xp.float32)
+    if scales is not None:
+        return cast(stored, xp.float32) * scales[..., None]
+    return stored if stored.dtype == xp.float64 else cast(stored, xp.float32)
+
+
+def as_stored(name: str, array: Any, dtype: str) -> np.ndarray:
+    """The row's array `name` as NumPy, as `storage` has it."""
+    numbers = to_numpy(array).astype(name_of(array.dtype), copy=False)
+    return numbers.view(np.uint16) if dtype == "bfloat16" and name in ("keys", "values") else numbers
+
+
+def _ranges(first: int, last: int, ring: int) -> list[tuple[slice, slice]]:
+    """Slots of the positions first <= p < last, at most `ring` of them, and which these are: one or two ranges."""
+    ranges, at = [], first
+    while at < last:
+        count = min(last - at, ring - at % ring)
+        ranges.append((slice(at % ring, at % ring + count), slice(at - first, at - first + count)))
+        at += count
+    return ranges

@@ -1,0 +1,271 @@
+"""CUDA kernels run on the CPU, thread by thread: tiles, runs, ties and gradients; and that these checks can fail.
+
+What runs is the source that GPUs get, behind `cuda_host/shim.h`. This checks its logic; it is no test on a GPU. The
+same tests marked `gpu` are: `nox -s gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_host
+import numpy as np
+import perdure.core.attention
+import perdure.core.density
+import perdure.core.retrieval  # noqa: F401 - the three define the kernels
+import pytest
+import strategies
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from perdure.backends import KERNELS, cuda
+from perdure.backends.cuda.neighbours import found
+
+
+@pytest.fixture(autouse=True)
+def on_host():
+    cuda_host.launched.clear()
+    with cuda_host.registered():
+        yield
+
+
+class OnGPU:
+    """The launchers, on copies of NumPy's arrays on a GPU."""
+
+    def __getattr__(self, name):
+        import cupy
+
+        def call(*args):
+            results = getattr(cuda, name)(*(cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in args))
+            if results is NotImplemented:
+                return results
+            return tuple(map(cupy.asnumpy, results)) if isinstance(results, tuple) else cupy.asnumpy(results)
+
+        return call
+
+
+@pytest.fixture(scope="module", params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernels(request):
+    return cuda if request.param == "host" else OnGPU()
+
+
+def whole(rng, *shape):
+    """Whole numbers: every product and sum is exact, and many are equal."""
+    return rng.integers(-2, 3, shape).astype(np.float32)
+
+
+def ranked(scores, k):
+    """Positions of the k best, ties to the newest, by sorting all."""
+    return np.lexsort((-np.broadcast_to(np.arange(scores.shape[-1]), scores.shape), -scores), axis=-1)[..., :k]
+
+
+# ---- exact top-k ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["ip", "l2"])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_ties_go_to_the_newest_whatever_the_tiles(kernels, space, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    n = data.draw(st.sampled_from((1, 63, 64, 65, 255, 256, 257, 600, 1030)))
+    q, d, k = (data.draw(st.sampled_from(s)) for s in ((1, 31, 33), (1, 31, 33), (1, 33, 63, 64)))
+    batch, start = data.draw(st.sampled_from((1, 2))), data.draw(st.integers(0, n - 1))
+    queries, keys = whole(rng, batch, q, d), whole(rng, data.draw(st.sampled_from((1, batch))), n, d)
+    aged = np.roll(keys, -start, axis=1)
+    distances = ((queries[:, :, None] - aged[:, None]) ** 2).sum(-1)
+    truth = queries @ aged.swapaxes(1, 2) if space == "ip" else -distances
+    scores, positions = kernels.retrieve(queries, keys, k, space, None, start)
+    expected = ranked(truth, k)
+    np.testing.assert_array_equal(positions[..., : expected.shape[-1]], expected)
+    np.testing.assert_array_equal(scores[..., : expected.shape[-1]], np.take_along_axis(truth, expected, -1))
+    assert (positions[..., expected.shape[-1] :] == -1).all()
+    assert (scores[..., expected.shape[-1] :] == -np.inf).all()
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+def test_candidates_never_overflow(kernels, rng, order):
+    """Scanned newest first, falling ages make every key a candidate, rising ones only the first."""
+    n = 700
+    ramp = {"rising": np.arange(n), "falling": np.arange(n)[::-1], "equal": np.ones(n)}[order].astype(np.float32)
+    scores, positions = kernels.retrieve(np.ones((40, 1), np.float32), ramp[:, None].copy(), 64, "ip", None, 0)
+    expected = ranked(np.broadcast_to(ramp, (40, n)), 64)
+    np.testing.assert_array_equal(positions, expected)
+    np.testing.assert_array_equal(scores, ramp[expected])
+
+
+def test_zeros_of_both_signs_are_equal(kernels):
+    keys = np.array([[0.0], [-0.0], [0.0], [-0.0]], np.float32)
+    _, positions = kernels.retrieve(np.ones((1, 1), np.float32), keys, 4, "ip", None, 0)
+    assert positions.tolist() == [[3, 2, 1, 0]]
+
+
+def test_equal_keys_score_equally_wherever_they_stand(kernels, rng):
+    vector = rng.standard_normal(65).astype(np.float32)
+    keys, query = np.tile(vector, (517, 1)), rng.standard_normal((1, 65)).astype(np.float32)
+    scores, positions = kernels.retrieve(query, keys, 60, "ip", None, 0)
+    assert len(set(scores.ravel().tolist())) == 1
+    assert positions.ravel().tolist() == list(range(516, 456, -1))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 300), (1, 5, 300), (5, 300), (1, 300), (5, 1), (2, 1, 1)])
+def test_masks_of_every_shape(kernels, rng, shape):
+    queries, keys, mask = whole(rng, 2, 5, 8), whole(rng, 2, 300, 8), rng.random(shape) < 0.3
+    _, positions = kernels.retrieve(queries, keys, 20, "ip", mask, 7)
+    _, expected = KERNELS["retrieve"].formula(queries, keys, 20, "ip", mask, 7)
+    np.testing.assert_array_equal(positions, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k", "q", "n", "d"),
+    [
+        ("float64", 3, 2, 9, 4),
+        ("float32", 65, 2, 9, 4),
+        ("float32", 3, 0, 9, 4),
+        ("float32", 3, 2, 0, 4),
+        ("float32", 3, 2, 9, 0),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_left_to_the_formula(kernels, dtype, k, q, n, d):
+    assert kernels.retrieve(np.ones((q, d), dtype), np.ones((n, d), dtype), k, "ip", None, 0) is NotImplemented
+    assert cuda_host.launched == []
+
+
+# ---- attention over neighbours, and its gradient --------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_gradients_are_those_of_the_formula(kernels, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    q, n, k, d, dv = (data.draw(st.sampled_from(s)) for s in ((1, 5), (1, 40), (1, 7, 33), (1, 33), (1, 40)))
+    lead, dtype = data.draw(st.sampled_from(((), (2,)))), data.draw(st.sampled_from(("float32", "float64")))
+    start = data.draw(st.integers(0, n - 1))
+    arrays = [data.draw(strategies.values((*lead, *s))).astype(dtype) for s in ((q, d), (n, d), (n, dv))]
+    positions = rng.integers(-2, n, (*lead, q, k)).clip(-1)  # the same key more than once, too
+    mask = data.draw(st.none() | strategies.masks((*lead, q, k)))
+    of_output, of_lse = rng.standard_normal((*lead, q, dv)), rng.standard_normal((*lead, q))
+
+    leaves = [torch.from_numpy(a).double().requires_grad_() for a in arrays]
+    seen = None if mask is None else torch.from_numpy(mask)
+    output, lse = KERNELS["attention"].formula(*leaves, torch.from_numpy(positions), 0.3, seen, start)
+    total = (output * torch.from_numpy(of_output)).sum() + (lse * torch.from_numpy(of_lse))[lse > -torch.inf].sum()
+    expected = torch.autograd.grad(total, leaves) if total.requires_grad else [torch.zeros_like(a) for a in leaves]
+
+    made, _ = kernels.attention(*arrays, positions, 0.3, mask, start)
+    call = (*arrays, found(positions, mask), 0.3, start)
+    gradients = kernels.attention_backward(*call, made, of_output.astype(dtype), of_lse.astype(dtype), True)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        wanted = wanted.numpy()
+        tolerance = (2e-4 if dtype == "float32" else 1e-10) * np.abs(wanted).max(initial=1)
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=tolerance)
+
+
+def test_what_no_query_may_see_is_not_read(kernels):
+    keys, values = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+    keys[2], values[2] = np.nan, np.nan
+    positions, mask = np.array([[0, 2, 3]]), np.array([[True, False, True]])
+    output, lse = kernels.attention(np.ones((1, 3), np.float32), keys, values, positions, 1.0, mask, 0)
+    assert np.isfinite(output).all()
+    assert np.isfinite(lse).all()
+
+
+# ---- expectations and histograms over more than one block -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("density", ["gaussian", "truncated_gaussian"])
+def test_expectations_over_several_tiles(kernels, rng, density, dtype):
+    B, mean, variance = rng.standard_normal((2, 70, 130)), rng.random((2, 65)), rng.uniform(1e-4, 0.1, (2, 65))
+    looks = mean, variance, rng.random(70), rng.uniform(0.01, 0.2, 70)
+    result = kernels.expected(*(a.astype(dtype) for a in (B, *looks)), density)
+    wanted = KERNELS["expected_basis"].formula(*looks, density) @ B
+    np.testing.assert_allclose(
+        result, wanted, rtol=0, atol=(2e-5 if dtype == "float32" else 1e-11) * np.abs(wanted).max()
+    )
+
+
+@pytest.mark.parametrize("density", strategies.DENSITIES)
+def test_histograms_over_several_runs_and_more_bins_than_threads(kernels, rng, density):
+    mean, variance, edges = rng.random((3, 200)), rng.uniform(1e-4, 0.1, (3, 200)), np.linspace(0, 1, 301)
+    result = kernels.histogram(mean.astype("f"), variance.astype("f"), edges.astype("f"), density)
+    wanted = KERNELS["histogram"].formula(mean, variance, edges, density)
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-4 * wanted.max())
+
+
+# ---- the checks can fail --------------------------------------------------------------------------------------------
+
+
+def altered(file, old, new):
+    text = cuda.source(file)
+    assert old in text
+    return cuda_host.compile_text("altered", text.replace(old, new, 1))
+
+
+def exact(built, monkeypatch, rng):
+    monkeypatch.setattr(cuda_host, "library", lambda file: built)
+    queries, keys = whole(rng, 33, 40), whole(rng, 300, 40)
+    _, positions = cuda.retrieve(queries, keys, 20, "ip", None, 0)
+    return (positions == ranked(queries @ keys.T, 20)).all()
+
+
+@pytest.mark.parametrize(
+    "barrier",
+    ["__syncthreads();  // the chunk before has been used", "            __syncthreads();\n            for (int c = 0"],
+)
+def test_a_missing_barrier_shows(monkeypatch, rng, barrier):
+    assert exact(altered("retrieve.cu", barrier, barrier), monkeypatch, rng)
+    without = altered("retrieve.cu", barrier, barrier.replace("__syncthreads();", ""))
+    assert not exact(without, monkeypatch, rng)
+
+
+def test_a_barrier_that_some_threads_skip_is_an_error(monkeypatch, rng):
+    built = altered("retrieve.cu", "__syncthreads();  // the chunk", "if (t > 0) __syncthreads();  // the chunk")
+    with pytest.raises(RuntimeError, match="wait for one another forever"):
+        exact(built, monkeypatch, rng)
+
+
+def test_an_argument_of_another_type_is_an_error():
+    words = [np.uint64(0), np.uint64(0), np.int64(0), np.int64(1)]
+    with pytest.raises(TypeError, match="unit_float32 takes p8p8i8i4, but was given p8p8i8i8"):
+        cuda_host.start("unit.cu", "unit_float32", (1,), 128, words, None)
+
+
+# ---- nothing is read or written outside the arrays ------------------------------------------------------------------
+
+CXX = cuda_host.compiler() or "none"
+LIBRARIES = (
+    [
+        Path(subprocess.run([CXX, f"-print-file-name=lib{n}.so"], capture_output=True, text=True).stdout.strip())
+        for n in ("asan", "ubsan")
+    ]
+    if sys.platform == "linux"
+    else []
+)
+
+
+def sanitized(*fault):
+    """A sweep over all kernels, compiled with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    variables = {
+        "CUDA_HOST_FLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "LD_PRELOAD": " ".join(map(str, LIBRARIES)),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    command = [sys.executable, "-m", "cuda_host.sweep", *fault]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(Path.exists, LIBRARIES or [Path("none")])), reason="the compiler has no sanitizers")
+def test_sanitizers_find_nothing_but_planted_faults():
+    result = sanitized()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == sorted(k for f in cuda.sources() for k in cuda_host.kernels_of(cuda.source(f)))
+    for fault, told in (
+        (("position >= first && depth + c < d ? keys", "depth + c < d ? keys"), "heap-buffer-overflow"),
+        (("stored <= ROOM - KEYS", "stored <= ROOM"), "out of bounds"),
+    ):
+        assert told in sanitized(*fault).stderr
