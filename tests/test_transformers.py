@@ -761,7 +761,7 @@ def test_an_assistant_drafts_what_memory_would_have_written(ids):
     for drafting in (None, assistant):
         attach(model, k=100, window=8, positions="true")
         model.perdure_memory.read_document(ids[:1, :25], progress=False)
-        given.append(generated(model, ids[:1, 25:], do_sample=False, assistant_model=drafting))
+        given.append(generated(model, ids[:1, 25:], do_sample=False, min_new_tokens=None, assistant_model=drafting))
         detach(model)
     assert torch.equal(*given)
 

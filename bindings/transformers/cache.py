@@ -87,7 +87,7 @@ class WindowLayer(DynamicLayer):
         removed = self.cumulative_length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         if removed <= 0 or not self.is_initialized:
             return
-        super().crop(-removed)
+        self.keys, self.values = self.keys[:, :, :-removed], self.values[:, :, :-removed]
         self.notes = self.notes[:, :-removed]
         self.cumulative_length -= removed
 
