@@ -93,8 +93,8 @@ class WindowLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
-        self.notes, self.cumulative_length = None, 0
+        self.keys = self.values = self.notes = None
+        self.is_initialized, self.cumulative_length = False, 0
         if self.tail is not None:
             self.tail.clear(None)
 
