@@ -76,6 +76,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """The page of an explanation in headless Chromium, which has to be installed: apt-get install chromium."""
+    install_wheel(session, "transformers")
+    install_group(session, "test")
+    session.run("pytest", "tests/browser/explain_page.py", *session.posargs)
+
+
+@nox.session
 def reliability(session: nox.Session) -> None:
     """What durability promises, for hours; or `-- kill --count 500 --seed 7`, or `-- --share 0.01` of all."""
     install_wheel(session, "store")

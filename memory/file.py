@@ -59,10 +59,20 @@ def save(memory: Memory, path: str | os.PathLike[str]) -> None:
     one SHA-256 over it, one write, and the flush of file and folder. Only its owner may read the file (mode 600).
     """
     kind_of(memory)
+    save_arrays(memory.state_dict(), path)
+
+
+def save_arrays(arrays: dict[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Save a flat dict of arrays as `save` does a memory's.
+
+    Raises
+    ------
+    FileError, MissingPackageError
+    """
     path = as_path(path)
     library = optional_import("safetensors", extra="store")
     numpy_part = optional_import("safetensors.numpy", extra="store")
-    state = {name: np.ascontiguousarray(array) for name, array in memory.state_dict().items()}
+    state = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     about = {
         "format": "perdure memory",
         "seal": "0" * 64,
@@ -111,6 +121,22 @@ def load(
     -----
     Nothing is executed from the file, and nothing is allocated before sizes and checksum of the header are checked.
     """
+    state = load_arrays(path, mmap=mmap, verify=verify, largest=largest)
+    try:
+        return revive(state)
+    except ArgumentError as error:
+        raise FileError(str(path), "a saved memory", f"{error.received} in {error.argument}", _DAMAGED) from error
+
+
+def load_arrays(
+    path: str | os.PathLike[str], *, mmap: bool = False, verify: bool | None = None, largest: int | None = None
+) -> dict[str, np.ndarray]:
+    """The flat dict of arrays that `save_arrays` put into a file; the arguments are those of `load`.
+
+    Raises
+    ------
+    FileError, MissingPackageError
+    """
     path = as_path(path)
     library = optional_import("safetensors", extra="store")
     with opened(path) as (descriptor, size):
@@ -121,15 +147,11 @@ def load(
         layout, digests = _layout(library, path, descriptor, header, size)
         read = _map if mmap else _read
         try:
-            state = dict(read(path, descriptor, size, layout, digests, not mmap if verify is None else verify))
+            return dict(read(path, descriptor, size, layout, digests, not mmap if verify is None else verify))
         except (OSError, ValueError, MemoryError) as error:
             if isinstance(error, FileError):
                 raise
             raise FileError(str(path), "a file that can be read", str(error), "Check memory and disk.") from error
-    try:
-        return revive(state)
-    except ArgumentError as error:
-        raise FileError(str(path), "a saved memory", f"{error.received} in {error.argument}", _DAMAGED) from error
 
 
 class Savable:

@@ -9,37 +9,27 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from perdure.bindings.transformers import attach, detach
+from decoders import (
+    EXACT,
+    LLAMA,
+    MODELS,
+    SHAPE,
+    VOCABULARY,
+    WINDOW,
+    Letters,
+    attach,
+    generated,
+    gpt2,
+    in_windows,
+    llama,
+    logits,
+    seeded,
+    stored,
+)
+from perdure.bindings.transformers import detach
 from perdure.bindings.transformers.positions import find_rotary
 
 import perdure
-
-VOCABULARY, WINDOW = 61, 12
-EXACT = {"rtol": 0, "atol": 1e-5}
-
-SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-LLAMA = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
-
-
-def seeded(build):
-    torch.manual_seed(0)
-    model = build().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)  # sharper attention than initial weights have, so that differences show
-    return model
-
-
-def llama(**changes):
-    return seeded(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes})))
-
-
-def gpt2(**changes):
-    settings = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96, **changes}
-    return seeded(lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)))
-
-
-MODELS = {"llama": llama, "gpt2": gpt2}
 
 
 @pytest.fixture(params=MODELS)
@@ -50,19 +40,6 @@ def model(request):
 @pytest.fixture
 def ids():
     return torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model, ids, **extra):
-    return model(input_ids=ids, **{"use_cache": False, **extra}).logits
-
-
-def in_windows(model, ids, window, **extra):
-    """Logits of consecutive calls, each of which is remembered by the next."""
-    starts = range(0, ids.shape[1], window)
-    parts = {name: [mask[:, s : s + window] for s in starts] for name, mask in extra.items()}
-    calls = [logits(model, ids[:, s : s + window], **{n: p[i] for n, p in parts.items()}) for i, s in enumerate(starts)]
-    return torch.cat(calls, dim=1)
 
 
 # ---- what attaching must not change ---------------------------------------------------------------------------------
@@ -260,15 +237,38 @@ def test_every_family_remembers_in_full(family, ids):
 
 # ---- positions ------------------------------------------------------------------------------------------------------
 
+SCALED = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
 ROTARIES = {
     "llama": lambda **changes: llama(**changes),
-    "scaled": lambda: llama(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+    **{
+        kind: lambda kind=kind: llama(rope_parameters={"rope_type": kind, "rope_theta": 1e4, **SCALED[kind]})
+        for kind in SCALED
+    },
     "partial": lambda: seeded(
         lambda: transformers.PhiForCausalLM(
             transformers.PhiConfig(**LLAMA, pad_token_id=0, bos_token_id=1, eos_token_id=2)
         )
     ),
 }
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+@pytest.mark.parametrize("positions", ["true", "clamped"])
+def test_every_kind_of_rotation_remembers_in_full(name, positions, ids):
+    model = ROTARIES[name]()
+    full = logits(model, ids)
+    attach(model, k=64, positions=positions, distance=50)
+    torch.testing.assert_close(in_windows(model, ids, 9), full, **EXACT)
 
 
 @pytest.mark.parametrize("name", ROTARIES)
@@ -443,15 +443,6 @@ def test_a_forward_pass_that_fails_changes_nothing(model, ids):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def stored(memory):
-    return {
-        f"{i}.{name}.{n}": a
-        for i, layer in memory.layers.items()
-        for name, s in layer.stores.items()
-        for n, a in s.state_dict().items()
-    }
-
-
 def test_a_cache_is_read_beside_memory_and_not_written(model, ids):
     full = logits(model, ids)
     memory = attach(model, k=64)
@@ -468,19 +459,6 @@ WAYS = {
     "beams": {"do_sample": False, "num_beams": 3},
     "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
 }
-
-
-def generated(model, ids, **settings):
-    """15 more tokens."""
-    torch.manual_seed(3)
-    settings = {
-        "max_new_tokens": 15,
-        "min_new_tokens": 15,
-        "pad_token_id": 0,
-        "attention_mask": torch.ones_like(ids),
-        **settings,
-    }
-    return model.generate(ids, **settings)[:, ids.shape[1] :]
 
 
 @pytest.mark.parametrize(("way", "sinks"), [("greedy", 4), *((way, 0) for way in WAYS)])
@@ -583,16 +561,6 @@ def test_draws_name_the_memory_that_a_token_used(ids):
     assert memory.trace is None
 
 
-class Letters:
-    """A tokenizer whose tokens are letters."""
-
-    def __call__(self, text, **_):
-        return {"input_ids": [ord(letter) - 40 for letter in text]}
-
-    def decode(self, ids):
-        return "".join(chr(40 + i) for i in ids)
-
-
 def test_an_explanation_shows_the_text_that_was_drawn_on(model, tmp_path):
     document, question = "ABCDEFGHIJKLMNOPQRSTUV<WX", "ABC</ABC"
     memory = attach(model, tokenizer=Letters(), k=3, sinks=2, window=8)
@@ -660,6 +628,11 @@ def test_models_that_memory_cannot_join_are_refused():
         attach(fixed)
     with pytest.raises(perdure.ArgumentError, match="a PreTrainedModel"):
         attach(torch.nn.Linear(2, 2))
+    other = llama(attn_implementation="flex_attention")
+    with pytest.raises(
+        perdure.ArgumentError, match=r"attention implementation sdpa or eager, got 'flex.*set_attn_impl"
+    ):
+        attach(other)
     model = llama()
     with pytest.raises(perdure.ArgumentError, match="detach"):
         attach(model) and attach(model)
@@ -681,3 +654,128 @@ def test_wrong_segments_are_refused_and_change_nothing(ids):
         logits(model, ids, attention_mask=torch.ones(2, 1, 40, 40, dtype=torch.bool))
     assert memory.tokens.tolist() == [40, 40]
     assert memory.read_document(ids, progress=False) == 40
+
+
+# ---- what is recent --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["true", "clamped", "constant"])
+@pytest.mark.parametrize("recent", [3, 13, 50])
+def test_what_is_recent_is_read_whole(model, ids, recent, positions):
+    full = logits(model, ids)
+    memory = attach(model, k=64, recent=recent, window=9, positions=positions, distance=60, sinks=0)
+    given = in_windows(model, ids, 9)
+    if positions != "constant" or (recent == 50 and model.config.model_type == "llama"):
+        torch.testing.assert_close(given, full, **EXACT)
+    assert memory.tokens.tolist() == [40, 40]
+    stores = memory.layers[0].stores
+    assert stores["recent"].tokens.tolist() == [min(recent, 40)] * 2
+    assert memory.layers[0].written.tolist() == [40, 40]
+
+
+def test_recent_memory_of_the_window_before_is_transformer_xl_with_first_tokens(ids):
+    model = llama(num_hidden_layers=1)
+    attach(model, capacity=8, recent=8, sinks=2)
+    given = in_windows(model, ids, 8)
+    allowed = torch.ones(40, 40, dtype=torch.bool).tril()
+    query, key = torch.arange(40)[:, None], torch.arange(40)[None]
+    allowed &= (key // 8 >= query // 8 - 1) | (key < 2)
+    detach(model)
+    shifted = (query // 8 == 1) & (key < 2)  # of the first window two tokens went to `first`, and eight are kept of 16
+    allowed |= shifted
+    mask = allowed[None, None]
+    torch.testing.assert_close(given[:, 8:16], logits(model, ids, attention_mask=mask)[:, 8:16], **EXACT)
+    torch.testing.assert_close(given[:, 24:], logits(model, ids, attention_mask=mask)[:, 24:], **EXACT)
+
+
+def test_layers_without_memory_read_what_is_recent(ids):
+    model = llama()
+    memory = attach(model, layers=[1], recent=6, sinks=2, k=64)
+    in_windows(model, ids, 10)
+    assert {i: layer.tokens.tolist() for i, layer in memory.layers.items()} == {0: [8, 8], 1: [40, 40], 2: [8, 8]}
+    assert memory.tokens.tolist() == [40, 40]
+    assert generated(model, ids[:, :5]).shape == (2, 15)
+
+
+def test_recent_tokens_are_explained_too(ids):
+    model = llama(num_hidden_layers=1)
+    memory = attach(model, tokenizer=Letters(), recent=12, sinks=0, k=2)
+    memory.read_document(ids[:1, :30], progress=False)
+    with memory.tracing(keep=30) as trace, memory.frozen():
+        logits(model, ids[:1, 30:])
+    positions = {draw.position for draw in trace.draws(3)}
+    assert set(range(18, 30)) <= positions
+    assert min(positions) < 18
+    assert len(positions) <= 12 + 2 * 4
+
+
+# ---- sliding windows -------------------------------------------------------------------------------------------------
+
+SLIDING = {
+    "Gemma2": {"attn_logit_softcapping": None},
+    "Gemma3": {},
+    "Mistral": {},
+    "Phi3": {},
+    "Qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+def sliding(family, window):
+    """A decoder of that family in which some layers, or all, attend to `window` tokens."""
+    name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    settings = {**WIDE, **SLIDING[family], "sliding_window": window, "eos_token_id": None}
+    if family in ("Mistral", "Phi3"):
+        del settings["head_dim"]
+    return seeded(lambda: getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, name)(**settings)))
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_memory_reaches_where_a_sliding_window_ends(family, ids):
+    narrow, wide = sliding(family, 8), sliding(family, 64)
+    plain, full = logits(narrow, ids), logits(wide, ids)
+    close = {"rtol": 0, "atol": 1e-5 * float(full.abs().max())}
+    assert not torch.allclose(plain, full, **close)
+    memory = attach(narrow, k=64, positions="true", window=16)
+    assert torch.equal(logits(narrow, ids), plain)
+    memory.clear()
+    torch.testing.assert_close(in_windows(narrow, ids, 4), full, **close)
+    memory.clear()
+    cache, steps = None, []
+    with torch.no_grad():
+        for step in range(40):
+            out = narrow(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), full, **close)
+    assert {layer.keys.shape[2] for layer in cache.layers} <= {7, 16, 17, 18}
+    memory.read_document(ids[:, :20], progress=False)
+    for way in ("greedy", "beams"):
+        assert generated(narrow, ids[:, 20:26], **WAYS[way]).shape == (2, 15)
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def test_an_assistant_drafts_what_memory_would_have_written(ids):
+    model, assistant, given = llama(), llama(num_hidden_layers=1), []
+    for drafting in (None, assistant):
+        attach(model, k=100, window=8, positions="true")
+        model.perdure_memory.read_document(ids[:1, :25], progress=False)
+        given.append(generated(model, ids[:1, 25:], do_sample=False, min_new_tokens=None, assistant_model=drafting))
+        detach(model)
+    assert torch.equal(*given)
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_questions_share_a_document_and_leave_it_as_it_was(model, ids, way):
+    memory = attach(model, k=5, window=8, sinks=2)
+    memory.read_document(ids[:1, :25], progress=False)
+    arrays = {n: a for layer in memory.layers.values() for n, a in layer.stores["near"]._rows[0].arrays.items()}
+    before, nbytes = stored(memory), memory.nbytes
+    generated(model, ids[:, 25:], **WAYS[way])
+    after = stored(memory)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert memory.nbytes == nbytes
+    shared = {n: a for layer in memory.layers.values() for n, a in layer.stores["near"]._rows[0].arrays.items()}
+    assert all(shared[name] is arrays[name] for name in arrays)  # no copy was made for any row or beam

@@ -10,9 +10,22 @@ Needs `pip install "perdure[transformers]"`.
 """
 
 from ...backends.arrays import optional_import
+from ...backends.errors import BackendError
+
+OLDEST = (5, 0)  # of transformers: the first with both attention interfaces in the form used here
 
 for _package in ("torch", "transformers"):
     optional_import(_package, extra="transformers")
+
+
+def _check_version(found: str) -> None:
+    """The installed version of transformers is one that memory can be attached to."""
+    if tuple(map(int, found.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise BackendError("transformers", f"version {oldest} or newer", found, "Run: pip install 'transformers>=5.0'")
+
+
+_check_version(optional_import("transformers", extra="transformers").__version__)
 
 from .attach import attach, detach  # noqa: E402
 from .explain import Explanation  # noqa: E402

@@ -15,7 +15,7 @@ from ...memory.knn import INDEXES
 from .layer import LayerMemory
 from .memory import ModelMemory
 from .positions import find_rotary
-from .seam import BASES, GATE, hook, implementation
+from .seam import BASES, GATE, SCALE, hook, implementation
 
 ATTACHED = "perdure_memory"  # the attribute of an attached model that holds its memory
 SINKS = 4
@@ -33,6 +33,7 @@ def attach(
     positions: str = "clamped",
     distance: int | None = None,
     window: int = 512,
+    recent: int | None = None,
     sinks: int = SINKS,
     index: str = "exact",
 ) -> ModelMemory:
@@ -45,14 +46,15 @@ def attach(
     tokenizer : optional
         Lets `read_document` take text.
     layers : "all", int or sequence of int
-        Which layers remember; negative numbers count from the last.
+        Which layers remember; negative numbers count from the last. The others read what is `recent` and the `sinks`.
     k : int
         Memories that each query of each head attends to.
     capacity : int
         The most tokens each row of each layer remembers; the oldest leave first.
     mixing : {"joint", "gate"}
         "joint": one softmax over the text at hand and the memories. "gate": a softmax each, mixed by a learned number
-        a head (parameter `perdure_gate` of each attached attention layer, 0 at first: half and half).
+        a head (parameter `perdure_gate` of each attached attention layer, 0 at first: half and half), where another
+        (`perdure_scale`, 1 at first) scales the scores of memories.
     positions : {"true", "clamped", "constant"}
         The distance at which memories are seen. "true": the distance they have, so documents should stay within the
         context the model was trained on. "clamped": the distance they have for the newest `distance` memories, and
@@ -61,6 +63,10 @@ def attach(
         By default half of the model's context for "clamped", `window` for "constant".
     window : int
         Tokens that `read_document` gives the model at once.
+    recent : int, optional
+        Of what a document left before the text at hand, the newest that every query reads, all of them, at the distance
+        they have; part of `capacity`. By default `window`. What stands close by matters to every head at once, and `k`
+        of it are too few.
     sinks : int
         How many of a document's first tokens are kept for good, beside `capacity`, and read by every query. Models park
         the attention they have no use for on them, and read badly once they are gone (Xiao et al., arXiv 2309.17453).
@@ -96,6 +102,7 @@ def attach(
     checks.choice("index", index, INDEXES)
     checks.count("k", k)
     checks.count("window", window)
+    recent = window if recent is None else checks.count("recent", recent, least=0)
     checks.count("sinks", sinks, least=0)
     checks.choice("mixing", mixing, MIXINGS)
     checks.choice("positions", positions, POSITIONS)
@@ -104,10 +111,18 @@ def attach(
     if distance is None:
         distance = max(context // 2, 1) if positions == "clamped" else window
     checks.count("distance", distance)
-    rotaries = {i: find_rotary(model, attentions[i]) for i in chosen}
+    beside = sorted(attentions) if recent else chosen
+    rotaries = {i: find_rotary(model, attentions[i]) for i in beside}
     learned = not any(rotaries.values())
     near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
-    stores = {"near": near, "far": capacity - near, "distance": distance, "sinks": sinks, "k": k}
+    sizes = {i: {"near": near, "far": capacity - near} if i in chosen else {"near": recent, "far": 0} for i in beside}
+    common: dict[str, Any] = {
+        "distance": distance,
+        "sinks": sinks,
+        "recent": recent,
+        "k": k,
+        "settings": {"index": index},
+    }
     model.set_attn_implementation(implementation(base))
     if model.config._attn_implementation != implementation(base):
         remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."
@@ -115,19 +130,28 @@ def attach(
     memory = ModelMemory(
         model,
         tokenizer,
-        {i: LayerMemory(i, rotaries[i], **stores, settings={"index": index}) for i in chosen},
+        {i: LayerMemory(i, rotaries[i], **sizes[i], **common) for i in beside},
+        {i: attentions[i] for i in beside},
         window=window,
-        positions=positions,
         limit=context if learned else None,
+        settings={
+            "layers": chosen,
+            "capacity": capacity,
+            "mixing": mixing,
+            "positions": positions,
+            "distance": distance,
+            "recent": recent,
+            "sinks": sinks,
+            "index": index,
+        },
     )
     if mixing == "gate":
         for i in chosen:
-            heads = config.num_attention_heads
             like = next(attentions[i].parameters())
-            attentions[i].register_parameter(
-                GATE, nn.Parameter(torch.zeros(heads, dtype=like.dtype, device=like.device))
-            )
-    memory.restore = (base, [attentions[i] for i in chosen], hook(find_body(model, attentions), attentions, memory))
+            for name, number in ((GATE, 0.0), (SCALE, 1.0)):
+                start = torch.full((config.num_attention_heads,), number, dtype=like.dtype, device=like.device)
+                attentions[i].register_parameter(name, nn.Parameter(start))
+    memory.restore = (base, [attentions[i] for i in beside], hook(find_body(model, attentions), attentions, memory))
     setattr(model, ATTACHED, memory)
     return memory
 
@@ -147,7 +171,8 @@ def detach(model: Any) -> None:
     for handle in handles:
         handle.remove()
     for attention in attentions:
-        attention._parameters.pop(GATE, None)
+        for name in (GATE, SCALE):
+            attention._parameters.pop(name, None)
     delattr(model, ATTACHED)
     model.set_attn_implementation(base)
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .layer import LayerMemory
 
+PLAIN = {DynamicLayer, DynamicSlidingWindowLayer}
 SLACK = 8  # an eighth of the window more may gather before the oldest leave, so that they leave in company
 
 
@@ -27,14 +28,19 @@ class WindowLayer(DynamicLayer):
         Tokens that stay when older ones leave.
     tail : LayerMemory or None
         What remembers those that leave; without one they are lost, as in a sliding window.
+    sliding : int, optional
+        In a layer that itself attends only to so many tokens, its own included: `window` is then at most one less, and
+        what leaves does so at once, as it would be seen neither here nor there meanwhile.
     """
 
     keys: Any
     values: Any
 
-    def __init__(self, window: int, tail: LayerMemory | None):
+    def __init__(self, window: int, tail: LayerMemory | None, sliding: int | None = None):
         super().__init__()
-        self.window, self.tail = window, tail
+        self.is_sliding = sliding is not None  # which of the model's masks this layer is given
+        self.window, self.tail = window if sliding is None else min(window, sliding - 1), tail
+        self.slack = self.window // SLACK if sliding is None else 0
         self.cumulative_length = 0  # tokens ever cached and not cropped
         self.notes: torch.Tensor | None = None  # (rows, cached, 2): where each token stands, and whether it is present
 
@@ -52,7 +58,7 @@ class WindowLayer(DynamicLayer):
         notes = torch.stack([positions, mask.to(positions.dtype)], dim=-1)
         self.notes = notes if self.notes is None else torch.cat([self.notes, notes], dim=1)
         leaving = self.keys.shape[-2] - self.window
-        if leaving <= self.window // SLACK:
+        if leaving <= self.slack:
             return
         if self.tail is not None:
             stood, there = self.notes[:, :leaving].unbind(dim=-1)
@@ -67,8 +73,12 @@ class WindowLayer(DynamicLayer):
         """Tokens cached, those that have left included: where the next one stands."""
         return self.cumulative_length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length of the keys that the next call attends to, and the number of those that have left."""
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length of the keys that the next call attends to, and the number of those that have left.
+
+        Transformers before 5.3 give the positions of the queries in place of their number.
+        """
+        query_length = query_length if isinstance(query_length, int) else len(query_length)
         cached = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
         return cached + query_length, self.cumulative_length - cached
 
@@ -77,14 +87,14 @@ class WindowLayer(DynamicLayer):
         removed = self.cumulative_length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         if removed <= 0 or not self.is_initialized:
             return
-        super().crop(-removed)
+        self.keys, self.values = self.keys[:, :, :-removed], self.values[:, :, :-removed]
         self.notes = self.notes[:, :-removed]
         self.cumulative_length -= removed
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
-        self.notes, self.cumulative_length = None, 0
+        self.keys = self.values = self.notes = None
+        self.is_initialized, self.cumulative_length = False, 0
         if self.tail is not None:
             self.tail.clear(None)
 
@@ -112,7 +122,7 @@ class WindowLayer(DynamicLayer):
 
 
 def bound(cache: Any, window: int, layers: dict[int, LayerMemory], total: int) -> None:
-    """Make an empty cache of plain layers one of `WindowLayer`; any other stays what it is.
+    """Make an empty cache of plain and sliding layers one of `WindowLayer`; any other stays what it is.
 
     Parameters
     ----------
@@ -123,7 +133,8 @@ def bound(cache: Any, window: int, layers: dict[int, LayerMemory], total: int) -
     total : int
         Layers of the model.
     """
-    plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain = isinstance(cache, DynamicCache) and {type(layer) for layer in cache.layers} <= PLAIN
     if plain and not cache.offloading and cache.get_seq_length() == 0:
-        tails = [layers[i].successor() if i in layers else None for i in range(total)]
-        cache.layers[:] = [WindowLayer(window, tail) for tail in tails]
+        slides = [getattr(layer, "sliding_window", None) for layer in cache.layers] or [None] * total
+        tails = [layers[i].successor() if i in layers else None for i in range(len(slides))]
+        cache.layers[:] = [WindowLayer(window, *pair) for pair in zip(tails, slides, strict=True)]

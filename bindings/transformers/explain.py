@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,8 @@ class Explanation:
             token: [[d.position, round(d.weight, 4), d.layer, d.head] for d in draws]
             for token, draws in self.draws.items()
         }
-        page = PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"))
-        return page.replace("ANSWER", "".join(answer)).replace("DOCUMENT", "".join(document))
+        parts = {"DATA": json.dumps(data), "ANSWER": "".join(answer), "DOCUMENT": "".join(document)}
+        return re.sub("|".join(parts), lambda found: parts[found[0]], PAGE)  # at once: a text may hold these words
 
     def _answer_token(self, token: int) -> str:
         text = html.escape(self._text(self.answer[token : token + 1]))

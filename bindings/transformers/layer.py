@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...backends.errors import ArgumentError
 from ...core import checks
 from ...core.attention import Reading
 from ...memory.knn import KNNMemory
-from .mixing import read_memory
+from .mixing import held, read_memory, read_whole
 from .positions import Angles, Rotary
 
 
 class LayerMemory:
-    """Up to three `KNNMemory`, made when the first segment shows how many rows and heads there are.
+    """Up to four `KNNMemory`, made when the first segment shows how many rows and heads there are.
 
-    What a row reads first goes to `first`, and stays. The rest goes to `near`, which keeps keys as they were rotated
-    where they stood, and what leaves there goes to `far`, which turns them to position 0. A query reads `far` as if it
-    stood at position `distance`, and all readings become one by their log-sum-exp.
+    What a row reads first goes to `first`, and stays. The rest goes to `recent`, which every query reads whole; what
+    leaves there to `near`, both of which keep keys as they were rotated where they stood; and what leaves there to
+    `far`, which turns them to position 0. A query reads `far` as if it stood at position `distance`, and all readings
+    become one by their log-sum-exp.
 
     Parameters
     ----------
@@ -30,11 +32,13 @@ class LayerMemory:
     rotary : Rotary or None
         None where the model has no rotary embedding; then nothing is ever turned.
     near, far : int
-        Capacities; 0 is none at all.
+        Capacities of what stands at the distance it has, and of what stands at `distance`; 0 is none at all.
     distance : int
         At which `far` is seen.
     sinks : int
         Capacity of `first`.
+    recent : int
+        Capacity of `recent`, which is part of that of `near`, or where that is none, of `far`.
     k : int
         Memories a query retrieves from each of `near` and `far`.
     settings : dict
@@ -50,11 +54,16 @@ class LayerMemory:
         far: int,
         distance: int,
         sinks: int,
+        recent: int,
         k: int,
         settings: dict[str, Any],
     ):
         self.index, self.rotary, self.distance, self.k, self.settings = index, rotary, distance, k, settings
-        self.capacities = {"first": sinks, "near": near, "far": far}
+        self.sizes = {"near": near, "far": far, "distance": distance, "recent": recent, "k": k}
+        self.sinks, self.constant = sinks, not near
+        recent = min(recent, near or far)
+        near, far = (0, far - recent) if self.constant else (near - recent, far)
+        self.capacities = {"first": sinks, "recent": recent, "near": near, "far": far}
         self.stores: dict[str, KNNMemory] = {}
         self.staged: tuple[torch.Tensor, torch.Tensor, Angles | None] | None = None
 
@@ -73,31 +82,46 @@ class LayerMemory:
     def written(self) -> np.ndarray:
         """Tokens in each row's whole history, int64 (rows,)."""
         first = self.stores["first"].tokens if "first" in self.stores else 0
-        return first + self.stores["near" if "near" in self.stores else "far"].written
+        return first + self.stores[self._chain[0]].written
+
+    @property
+    def _chain(self) -> list[str]:
+        """The stores that a token passes through, one after another."""
+        return [name for name in self.stores if name != "first"]
 
     def read(
         self,
         query: torch.Tensor,
+        asked: torch.Tensor,
         angles: Angles | None,
         positions: torch.Tensor,
         scale: float,
         before: int | np.ndarray = 0,
-    ) -> list[Reading]:
-        """Attention over the nearest memories of `query` (rows, query_heads, q, dim), rotated by `angles`.
+        keep: int = 0,
+    ) -> dict[str, Reading]:
+        """Attention over the nearest memories of queries (rows, query_heads, q, dim), rotated by `angles`.
+
+        `query` reads the recent ones, and `asked`, which may be scaled otherwise, all others.
 
         A reading for each store; `neighbours` tell positions in everything the row has read, but for the first tokens,
-        which every query reads. There may be several times as many rows as are remembered: each row of memory then
-        serves that many, which follow one another. `before`, one number or (rows,), is added to their positions.
+        which every query reads; of the recent ones, the `keep` nearest. There may be several times as many rows as are
+        remembered: each row of memory then serves that many, which follow one another. `before`, one number or (rows,),
+        is added to their positions.
         """
-        readings = []
+        readings = {}
         for name, store in self.stores.items():
-            k = self.capacities[name] if name == "first" else self.k
-            reading = read_memory(store, self._seen_from(name, query, angles, positions), k, scale)
-            found = reading.neighbours.positions
-            shift = np.repeat(before, len(found) // np.size(before)) + self.capacities["first"]
-            later = torch.where(found >= 0, found + torch.from_numpy(shift).to(found.device)[:, None, None, None], -1)
-            neighbours = None if name == "first" else replace(reading.neighbours, positions=later)
-            readings.append(replace(reading, neighbours=neighbours))
+            seen = self._seen_from(name, query if name == "recent" else asked, angles, positions)
+            if name in ("first", "recent"):
+                reading = read_whole(store, seen, scale, keep if name == "recent" else 0)
+            else:
+                reading = read_memory(store, seen, self.k, scale)
+            neighbours = reading.neighbours
+            if neighbours is not None:
+                found = neighbours.positions
+                shift = np.repeat(before, len(found) // np.size(before)) + self.capacities["first"]
+                later = found + torch.from_numpy(shift).to(found.device)[:, None, None, None]
+                neighbours = replace(neighbours, positions=torch.where(found >= 0, later, -1))
+            readings[name] = replace(reading, neighbours=neighbours)
         return readings
 
     def stage(self, key: torch.Tensor, value: torch.Tensor, angles: Angles | None) -> None:
@@ -119,23 +143,32 @@ class LayerMemory:
             first = self.stores["first"]
             opening = present & (present.cumsum(axis=1) <= self.capacities["first"] - first.tokens[:, None])
             if opening.any():
-                seen_alike = key if "near" in self.stores else self._turned(key, angles, 0)
+                seen_alike = self._turned(key, angles, 0) if self.constant else key
                 first.write(seen_alike, value, mask=opening)
                 present = present & ~opening
-        if "near" not in self.stores:
-            self.stores["far"].write(self._turned(key, angles, 0), value, mask=present)
-            return
-        tags = positions.expand(rows, n).cpu().numpy()
-        if "far" in self.stores:
-            self._hand_on(key, value, angles, present)
-        self.stores["near"].write(key, value, mask=present, tags=tags)
+        self._put(self._chain, key, value, angles, positions.expand(rows, n).cpu().numpy(), present)
 
     def successor(self) -> LayerMemory:
-        """An empty memory for what follows; it keeps first tokens only where nothing came before."""
+        """An empty memory for what leaves a cache; it keeps first tokens only where nothing came before."""
         sinks = self.capacities["first"] if self.empty else 0
-        capacities = {name: self.capacities[name] for name in ("near", "far")}
-        sizes = {**capacities, "distance": self.distance, "sinks": sinks, "k": self.k}
-        return LayerMemory(self.index, self.rotary, **sizes, settings=self.settings)
+        return LayerMemory(
+            self.index, self.rotary, **{**self.sizes, "sinks": sinks, "recent": 0}, settings=self.settings
+        )
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Hold what another held, the states of whose stores `arrays` are, named "store.array".
+
+        Raises
+        ------
+        ArgumentError
+        """
+        names = {name.partition(".")[0] for name in arrays}
+        for name in (known for known in self.capacities if known in names):
+            state = {n.partition(".")[2]: a for n, a in arrays.items() if n.startswith(f"{name}.")}
+            self.stores[name] = KNNMemory.from_state_dict(state)
+        sizes = {name: store.capacity for name, store in self.stores.items()}
+        if names and sizes != {name: size for name, size in self.capacities.items() if size}:
+            raise ArgumentError("state", f"stores of {self.capacities}", f"{sizes}", "Pass an unaltered state.")
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes a copy of what row `rows[i]` was."""
@@ -148,32 +181,45 @@ class LayerMemory:
         if rows is None:
             self.stores = {}
 
-    def _hand_on(self, key: torch.Tensor, value: torch.Tensor, angles: Angles | None, present: np.ndarray) -> None:
-        """Write to `far` what leaves `near` when the tokens `present` (rows, n) of a segment come."""
-        near, far = self.stores["near"], self.stores["far"]
-        leaving = np.maximum(near.tokens + present.sum(axis=1) - near.capacity, 0)
-        old = np.minimum(leaving, near.tokens)
-        if old.any():
-            ahead = np.arange(old.max())
-            oldest = near.at(np.where(ahead < old[:, None], (near.written - near.tokens)[:, None] + ahead, -1))
-            keys, values = (torch.from_numpy(a).to(key) for a in (oldest.keys, oldest.values))
-            if self.rotary is not None:
-                stood = torch.from_numpy(oldest.tags).clamp(min=0).to(key.device)
-                keys = self._turned(keys, self.rotary.angles(stood, keys), 0)
-            far.write(keys, values, mask=oldest.positions >= 0)
-        at_once = present & (present.cumsum(axis=1) <= (leaving - old)[:, None])
-        if at_once.any():
-            far.write(self._turned(key, angles, 0), value, mask=at_once)
+    def _put(
+        self,
+        chain: list[str],
+        key: torch.Tensor,
+        value: torch.Tensor,
+        angles: Angles | None,
+        stood: np.ndarray,
+        present: np.ndarray,
+    ) -> None:
+        """Write what is `present` (rows, n) to the first store of a chain, and what leaves it to those that follow."""
+        name, *others = chain
+        store = self.stores[name]
+        if others:
+            leaving = np.maximum(store.tokens + present.sum(axis=1) - store.capacity, 0)
+            old = np.minimum(leaving, store.tokens)
+            if old.any():
+                oldest = held(store, old)
+                keys, values = (torch.from_numpy(a).to(key) for a in (oldest.keys, oldest.values))
+                self._put(others, keys, values, None, oldest.tags, oldest.positions >= 0)
+            at_once = present & (present.cumsum(axis=1) <= (leaving - old)[:, None])
+            if at_once.any():
+                self._put(others, key, value, angles, stood, at_once)
+        if name == "far":
+            if angles is None and self.rotary is not None:
+                angles = self.rotary.angles(torch.from_numpy(stood).clamp(min=0).to(key.device), key)
+            key = self._turned(key, angles, 0)
+        store.write(key, value, mask=present, tags=None if name == "far" else stood)
 
     def _seen_from(
         self, name: str, query: torch.Tensor, angles: Angles | None, positions: torch.Tensor
     ) -> torch.Tensor:
         """`query` at the distance from which the keys of a store are seen."""
-        if self.rotary is None or name == "near" or "far" not in self.stores:
+        if self.rotary is None or name in ("recent", "near"):
             return query
-        if name == "far" or "near" not in self.stores:
+        if name == "far" or self.constant:
             return self._turned(query, angles, self.distance)
-        if int(positions.max()) <= self.distance:  # the first tokens, still as near as they are
+        if (
+            not self.capacities["far"] or int(positions.max()) <= self.distance
+        ):  # the first tokens, still as near as they are
             return query
         return self.rotary.turn(query, angles, self.rotary.angles(positions.clamp(max=self.distance), query))
 

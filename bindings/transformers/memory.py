@@ -17,10 +17,11 @@ from .cache import WindowLayer, bound
 from .document import Progress, read_in_windows, token_ids
 from .explain import Explanation
 from .layer import LayerMemory
+from .saved import Keeping
 from .trace import Trace
 
 
-class ModelMemory:
+class ModelMemory(Keeping):
     """The memory of a model, as `attach` returns it.
 
     A segment is what one forward pass is given without a key-value cache. It is read against what was written before,
@@ -32,6 +33,8 @@ class ModelMemory:
     layers : dict of int to LayerMemory
     window : int
         Tokens `read_document` gives the model at once, and tokens that a cache keeps.
+    settings : dict
+        What `attach` was called with, as far as it says what is stored.
     """
 
     def __init__(
@@ -39,20 +42,24 @@ class ModelMemory:
         model: Any,
         tokenizer: Any,
         layers: dict[int, LayerMemory],
+        attentions: dict[int, Any],
         *,
         window: int,
-        positions: str,
         limit: int | None,
+        settings: dict[str, Any],
     ):
-        self.model, self.tokenizer, self.layers, self.window = model, tokenizer, layers, window
+        self.model, self.tokenizer, self.window = model, tokenizer, window
+        self.layers, self.attentions = layers, attentions
+        self.settings, positions = settings, settings["positions"]
         self.trace: Trace | None = None
         self.last_trace: Trace | None = None
         self.restore: Any = None  # what detach needs
         self.staging = False
-        self._shifting, self._bounded = positions != "constant", positions == "clamped"
+        beside = settings["recent"] and limit is None  # what is recent keeps its distance, so positions go on
+        self._shifting, self._bounded = bool(positions != "constant" or beside), positions == "clamped"
         self._limit, self._frozen = limit, False
-        self._history: list[list[int]] = []  # ids of all that each row has read; -1 where it was given embeddings
-        self._next: torch.Tensor | None = None  # (rows,), where the next token of each row stands
+        self.history: list[list[int]] = []  # ids of all that each row has read; -1 where it was given embeddings
+        self.following: torch.Tensor | None = None  # (rows,), where the next token of each row stands
         self.positions: torch.Tensor | None = None  # (rows or 1, n), where the tokens at hand stand
         self._mask: torch.Tensor | None = None  # which of them are no padding, bool (rows, n)
         self._ids: torch.Tensor | None = None  # which tokens they are, (rows, n)
@@ -63,7 +70,7 @@ class ModelMemory:
     @property
     def tokens(self) -> np.ndarray:
         """Tokens each row remembers, int64 (rows,); none before anything is written."""
-        return next(iter(self.layers.values())).tokens
+        return self.layers[self.settings["layers"][0]].tokens
 
     @property
     def nbytes(self) -> int:
@@ -80,14 +87,14 @@ class ModelMemory:
         """
         self._drop_staged()
         if rows is None:
-            self._next, self._history = None, []
+            self.following, self.history = None, []
         for layer in self.layers.values():
             layer.clear(rows)
-        if rows is not None and self._next is not None:
-            self._next = self._next.clone()
-            self._next[list(rows)] = 0
+        if rows is not None and self.following is not None:
+            self.following = self.following.clone()
+            self.following[list(rows)] = 0
             for row in rows:
-                self._history[row] = []
+                self.history[row] = []
 
     def read_document(self, text_or_ids: Any, progress: Progress = True, score: bool = False) -> Any:
         """Read a document of any length, window by window, remembering all that `capacity` allows.
@@ -164,13 +171,12 @@ class ModelMemory:
         chosen = range(1, trace.tokens) if token is None else [checks.count("token", token)]
         draws = {t: trace.draws(t - 1, row)[: checks.count("most", most)] for t in chosen}
         answer = trace.ids(row)
-        document = self._history[row * len(self._history) // max(trace.rows, 1)] if self._history else []
+        document = self.history[row * len(self.history) // max(trace.rows, 1)] if self.history else []
         return Explanation([*document, *answer], answer, draws, self.tokenizer)
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
         """Called before a forward pass with its arguments; returns them with positions that continue the history."""
-        if self._deferred:
-            self._commit()
+        self.settle()
         self._drop_staged()
         cache, caching = given.get("past_key_values"), given.get("use_cache")
         if cache is None and caching:
@@ -185,7 +191,7 @@ class ModelMemory:
         if positions is None:
             cached = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(cached, cached + n, device=tokens.device)[None]
-        if self._shifting and self._next is not None:
+        if self._shifting and self.following is not None:
             given["position_ids"] = positions = positions + self._shift(positions, mask, cache)
         if self._limit is not None and int(positions.max()) >= self._limit:
             if not self._bounded:
@@ -222,6 +228,19 @@ class ModelMemory:
         if not self._deferred:
             self._commit()
 
+    def settle(self) -> None:
+        """Write what has been read, if that was put off."""
+        if self._deferred:
+            self._commit()
+
+    def replace(self, layers: dict[int, LayerMemory], history: list[list[int]], following: torch.Tensor | None) -> None:
+        """Remember what `layers` hold in place of what is remembered now."""
+        self._drop_staged()
+        for i, layer in self.layers.items():
+            layer.stores = layers[i].stores
+        self.history = history
+        self.following = None if following is None else following.to(next(self.model.parameters()).device)
+
     def _commit(self) -> None:
         """Write what every layer has staged."""
         self._deferred = False
@@ -232,15 +251,15 @@ class ModelMemory:
         self._note()
         last = self.positions if self._mask is None else torch.where(self._mask, self.positions, -1)
         following = last.amax(dim=1).expand(len(self.tokens)) + 1
-        self._next = following if self._next is None else torch.maximum(self._next, following)
+        self.following = following if self.following is None else torch.maximum(self.following, following)
 
     def _note(self) -> None:
         """Keep the ids of what has been written."""
         rows, n = len(self.tokens), self.positions.shape[1]
         ids = torch.full((rows, n), -1) if self._ids is None else self._ids.cpu()
         there = torch.ones(rows, n, dtype=torch.bool) if self._mask is None else self._mask.cpu()
-        self._history = self._history or [[] for _ in range(rows)]
-        for row, history in enumerate(self._history):
+        self.history = self.history or [[] for _ in range(rows)]
+        for row, history in enumerate(self.history):
             history += ids[row][there[row]].tolist()
 
     def _drop_staged(self) -> None:
@@ -251,11 +270,11 @@ class ModelMemory:
         """How far each row's positions move so that its first token follows what the row remembers; (rows, 1)."""
         if cache is not None and cache in self._shifts:
             return self._shifts[cache]
-        rows = max(len(self._next), positions.shape[0] if mask is None else len(mask))
+        rows = max(len(self.following), positions.shape[0] if mask is None else len(mask))
         first = torch.zeros(rows, 1, dtype=torch.int64, device=positions.device)
         if mask is not None:
             first = mask.int().argmax(dim=1, keepdim=True)
-        following = self._next.repeat_interleave(rows // len(self._next))[:, None]
+        following = self.following.repeat_interleave(rows // len(self.following))[:, None]
         shift = following - positions.expand(rows, -1).gather(1, first)
         if self._bounded and self._limit is not None:  # learned positions: never past the last
             shift = shift.clamp(max=self._limit - 1 - int(positions.max()))

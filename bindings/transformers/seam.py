@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...core.attention import gate, merge
+from ...core.attention import Reading, gate, merge
 from .layer import LayerMemory
 from .mixing import read_locally
 from .positions import Angles
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .memory import ModelMemory
 
 BASES = ("sdpa", "eager")  # attention implementations that memory can join; their masks are understood in read_locally
-GATE = "perdure_gate"  # the parameter that gated mixing adds to an attention layer
+GATE, SCALE = "perdure_gate", "perdure_scale"  # the parameters that gated mixing adds to an attention layer
 
 
 @dataclass(frozen=True)
@@ -77,26 +77,48 @@ def attention(
         layer.stage(key, value, seam.angles)
     memories = [memory for memory in (layer, seam.tail) if memory is not None and not memory.empty]
     if not memories:
-        return own()
+        output, weights = own()
+        if torch.is_grad_enabled() and hasattr(
+            module, GATE
+        ):  # where only these learn, a first segment has a gradient too
+            output = output + 0 * (getattr(module, GATE) + getattr(module, SCALE)).sum().to(output.dtype)
+        return output, weights
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    readings = []
+    at_hand = read_locally(query, key, value, attention_mask, scale)
+    if dropout:  # the text at hand loses weights to dropout, after the softmax, as in the model's own attention
+        at_hand = type(at_hand)(own()[0].transpose(1, 2), at_hand.lse)
+    return join(module, seam, memories, query, at_hand, scale).transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable  # memory is NumPy, and changes from call to call
+def join(
+    module: nn.Module,
+    seam: Seam,
+    memories: list[LayerMemory],
+    query: torch.Tensor,
+    at_hand: Reading,
+    scale: float,
+) -> torch.Tensor:
+    """What a layer with something remembered gives, (rows, query_heads, q, dim): both readings in one."""
+    bias, factor = getattr(module, GATE, None), getattr(module, SCALE, None)
+    keep = 0 if seam.memory.trace is None else seam.memory.trace.keep
+    beside: list[Reading] = []  # what is read whole, as the text at hand is
+    found: list[Reading] = []
     for memory in memories:
-        before = 0 if memory is layer or layer.empty else layer.written  # what a cache remembers follows what was read
-        readings += memory.read(query, seam.angles, seam.memory.positions, scale, before)
-    remembered = merge(*readings)
-    bias = getattr(module, GATE, None)
-    if bias is not None:
-        local = own()[0].transpose(1, 2)
-        output, joint = gate(remembered, local, bias.to(local.dtype)), remembered.lse
-    else:
-        at_hand = read_locally(query, key, value, attention_mask, scale)
-        if dropout:  # the text at hand loses weights to dropout, after the softmax, as in the model's own attention
-            at_hand = type(at_hand)(own()[0].transpose(1, 2), at_hand.lse)
-        joined = merge(at_hand, remembered)
-        output, joint = joined.output, joined.lse
-    if seam.memory.trace is not None:
-        seam.memory.trace.record(layer.index, readings, joint, scale)
-    return output.transpose(1, 2).contiguous(), None
+        before = 0 if memory is seam.layer or seam.layer.empty else seam.layer.written  # a cache follows what was read
+        asked = query if factor is None else query * factor.abs().to(query.dtype)[:, None, None]
+        for name, reading in memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, keep).items():
+            (beside if name in ("first", "recent") else found).append(reading)
+    local, trace = merge(at_hand, *beside), seam.memory.trace
+    if bias is None or not found:
+        joined = merge(local, *found)
+        if trace is not None:
+            trace.record(seam.layer.index, [*beside, *found], joined.lse, scale)
+        return joined.output
+    remembered = merge(*found)
+    if trace is not None:
+        trace.record(seam.layer.index, found, remembered.lse, scale)
+    return gate(remembered, local.output, bias.to(local.output.dtype))
 
 
 def base_function(base: str, module: nn.Module) -> Callable[..., Any]:
@@ -119,11 +141,13 @@ def hook(model: nn.Module, attentions: dict[int, nn.Module], memory: ModelMemory
     """
     signature = inspect.signature(model.forward)
 
+    @torch.compiler.disable
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         given = signature.bind_partial(*args, **kwargs).arguments
         given.update(given.pop("kwargs", {}))
         return (), memory.begin(given)
 
+    @torch.compiler.disable
     def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         memory.end()
 

@@ -72,6 +72,8 @@ class Trace:
     def record(self, layer: int, readings: list[Reading], joint_lse: torch.Tensor, scale: float) -> None:
         """Keep the nearest memories of one layer (rows, heads, q), weighed by exp(scale score - joint_lse)."""
         near = [reading.neighbours for reading in readings if reading.neighbours is not None]
+        if not near:
+            return
         positions, scores = (
             torch.cat(parts, dim=-1) for parts in zip(*((n.positions, n.scores) for n in near), strict=True)
         )
