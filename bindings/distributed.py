@@ -17,6 +17,8 @@ import torch.distributed as dist  # noqa: E402
 
 from .torch import State  # noqa: E402
 
+__all__ = ["gather", "split"]
+
 
 def gather(memory: Any, group: dist.ProcessGroup | None = None) -> Any:
     """The rows of all ranks, those of rank 0 first, as one memory that every rank has for itself.

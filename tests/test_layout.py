@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -81,6 +82,28 @@ def files(folder: Path, suffixes: tuple[str, ...] = (".py", ".typed", ".cu")) ->
 
 def modules(*floors: str) -> list[Path]:
     return sorted(path for floor in floors for path in (ROOT / floor).rglob("*.py"))
+
+
+PUBLIC_BINDINGS = {
+    "cupy": ["continuous_attention", "memorizing_attention"],
+    "distributed": ["gather", "split"],
+    "plot": ["attention", "error", "retained", "signal"],
+    "torch": [
+        "CompressiveAttention",
+        "CompressiveState",
+        "ContinuousAttention",
+        "ContinuousState",
+        "KNNState",
+        "MemorizingAttention",
+        "MemoryScope",
+        "MemoryTransformer",
+        "RecurrentState",
+        "SegmentedAttention",
+        "State",
+        "TransformerXLAttention",
+    ],
+    "transformers": ["Explanation", "ModelMemory", "Trace", "attach", "detach"],
+}
 
 
 def name_of(path: Path) -> str:
@@ -184,19 +207,33 @@ def test_public_names_are_these():
     assert set(PUBLIC) <= set(dir(perdure))
 
 
+@pytest.mark.parametrize("module", PUBLIC_BINDINGS)
+def test_public_names_of_bindings_are_these(module):
+    assert importlib.import_module(f"perdure.bindings.{module}").__all__ == PUBLIC_BINDINGS[module]
+
+
 def test_an_unknown_name_raises_and_lists_the_known():
     with pytest.raises(AttributeError, match=r"no attribute 'topk'.*top_k"):
         perdure.topk  # noqa: B018
 
 
 def public_callables():
-    """(name, object) of everything public that can be called, the public methods of public classes included."""
-    for name in perdure.__all__:
-        thing = getattr(perdure, name)
+    """(name, object) of everything public that can be called, and the public methods that perdure gives its classes."""
+    bindings = {name: importlib.import_module(f"perdure.bindings.{name}") for name in PUBLIC_BINDINGS}
+    for module, name in [(perdure, n) for n in perdure.__all__] + [
+        (m, n) for m in bindings.values() for n in m.__all__
+    ]:
+        thing = getattr(module, name)
         yield name, thing
         if inspect.isclass(thing) and not issubclass(thing, Exception):
             methods = inspect.getmembers(thing, lambda m: callable(m) or isinstance(m, property))
-            yield from ((f"{name}.{m}", method) for m, method in methods if not m.startswith("_"))
+            ours = [(m, method) for m, method in methods if not m.startswith("_") and of_perdure(method)]
+            yield from ((f"{name}.{m}", method) for m, method in ours)
+
+
+def of_perdure(method) -> bool:
+    """Whether it is defined here, not inherited from a framework's class."""
+    return (getattr(method, "__module__", None) or method.fget.__module__).startswith("perdure")
 
 
 def documented_parameters(text: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Literal
 from ...backends.errors import ArgumentError, FileError
 from ..arguments import whole_number, whole_numbers
 
-TOKENS, MEMORY, LAYERS, FOLDER = 4096, "512,2048,4096", "all", "demo-output"
+TOKENS, MEMORY, LAYERS, FOLDER = 4096, "1024,2048,4096", "all", "demo-output"
 WINDOW = 512
 DEFAULT_FILE = "mailbox.py"  # its parts resemble one another: five formats, each with the same methods
 BYTES_PER_TOKEN = 64  # far more than any text needs: how much of a large file is read

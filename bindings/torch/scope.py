@@ -73,7 +73,7 @@ class MemoryScope:
             raise ArgumentError("model", "a layer with memory in it", type(model).__name__, "Build it with one.")
 
     def announce(self, start: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> None:
-        """Which rows begin a document in the next call of the model, (rows,), and what is no padding, (rows, n).
+        """In the next call of the model, rows in `start` (rows,) begin a document, and `mask` (rows, n) is no padding.
 
         Handed to every layer in that call, and forgotten once it has come to its end.
         """

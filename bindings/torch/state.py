@@ -48,12 +48,12 @@ class State:
         return {name: value for name in names if isinstance(value := getattr(self, name), torch.Tensor)}
 
     def following(self, **changed: Any) -> Self:
-        """This state with some fields changed, and without the loss of the call that returned it."""
+        """This state with the fields in `changed`, and without the loss of the call that returned it."""
         names = (f.name for f in fields(self) if f.name not in changed and f.name != "loss")
         return type(self)(**{name: getattr(self, name) for name in names}, **changed)
 
     def select(self, rows: Sequence[int]) -> Self:
-        """A state of its own with these rows, in this order; a row may come more than once (beam search).
+        """A state of its own with `rows` of this one, in that order; a row may come more than once (beam search).
 
         Raises
         ------
@@ -110,7 +110,7 @@ class State:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The state that `state_dict` described; a layer continues from it bit by bit as it would have.
+        """The state that `state_dict` described as `state`; a layer continues from it bit by bit as it would have.
 
         Raises
         ------
@@ -142,7 +142,7 @@ class State:
         return set()
 
     def fits(self, x: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
-        """This state serves input x (rows, n, dim) of a layer whose states have `shapes`, rows aside.
+        """This state serves input `x` (rows, n, dim) of a layer whose states have `shapes`, rows aside.
 
         Raises
         ------

@@ -131,7 +131,7 @@ class MemoryTransformer(nn.Module):
         return {f"{i}.{name}": tensor for i, s in enumerate(memory) for name, tensor in s.state_dict().items()}
 
     def memory_from_state_dict(self, state: dict[str, Any]) -> tuple[State, ...]:
-        """The memory that `memory_state_dict` described; the model continues from it bit by bit.
+        """The memory that `memory_state_dict` described as `state`; the model continues from it bit by bit.
 
         Raises
         ------

@@ -157,7 +157,7 @@ def attach(
 
 
 def detach(model: Any) -> None:
-    """Take the memory off again: the model is what it was before `attach`.
+    """Take the memory of `model` off again: it is what it was before `attach`.
 
     Raises
     ------

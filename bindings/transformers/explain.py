@@ -48,7 +48,7 @@ class Explanation:
         return "\n".join(lines)
 
     def passage(self, draw: Draw) -> str:
-        """The text around a memory, which stands between guillemets, on one line."""
+        """The text around the memory of a `draw`, which stands between guillemets, on one line."""
         at = draw.position
         parts = (
             self.document[max(at - AROUND, 0) : at],
@@ -59,7 +59,7 @@ class Explanation:
         return f"token {at}: …{before}«{here}»{after}…"
 
     def save_html(self, path: str | Path) -> Path:
-        """Write a page that needs nothing but a browser: choose a token of the answer, and see what it drew on.
+        """Write a page to `path` that needs nothing but a browser: choose a token, and see what it drew on.
 
         Raises
         ------

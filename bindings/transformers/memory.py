@@ -78,7 +78,7 @@ class ModelMemory(Keeping):
         return sum(store.nbytes for layer in self.layers.values() for store in layer.stores.values())
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
-        """Forget everything, or everything of some rows, whose history then starts anew.
+        """Forget everything, or everything of some `rows`, whose history then starts anew.
 
         Raises
         ------
@@ -139,7 +139,7 @@ class ModelMemory(Keeping):
 
     @contextlib.contextmanager
     def tracing(self, keep: int = 1) -> Iterator[Trace]:
-        """Record which memories every token draws from, inside the `with` block."""
+        """Record what every token draws from, the `keep` nearest memories of a head, inside the `with` block."""
         before, self.trace = self.trace, Trace(keep)
         try:
             yield self.trace
@@ -175,7 +175,7 @@ class ModelMemory(Keeping):
         return Explanation([*document, *answer], answer, draws, self.tokenizer)
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Called before a forward pass with its arguments; returns them with positions that continue the history."""
+        """Called with what a forward pass is `given`; returns it with positions that continue the history."""
         self.settle()
         self._drop_staged()
         cache, caching = given.get("past_key_values"), given.get("use_cache")
@@ -210,7 +210,7 @@ class ModelMemory(Keeping):
         return given
 
     def tail(self, index: int) -> LayerMemory | None:
-        """What the cache at hand remembers in one layer."""
+        """What the cache at hand remembers in layer `index`."""
         layer = None if self._cache is None else self._cache.layers[index]
         return layer.tail if isinstance(layer, WindowLayer) else None
 
@@ -234,7 +234,7 @@ class ModelMemory(Keeping):
             self._commit()
 
     def replace(self, layers: dict[int, LayerMemory], history: list[list[int]], following: torch.Tensor | None) -> None:
-        """Remember what `layers` hold in place of what is remembered now."""
+        """Remember what `layers` hold instead: tokens `history`, and `following`, where the next ones stand."""
         self._drop_staged()
         for i, layer in self.layers.items():
             layer.stores = layers[i].stores

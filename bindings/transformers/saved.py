@@ -202,7 +202,7 @@ class Keeping:
         load_memory(self, path)
 
     def save_adapter(self: Any, path: Path) -> None:
-        """Save what gated mixing has learned, gates and scales, to a small safetensors file of its own.
+        """Save what gated mixing has learned, gates and scales, as a small safetensors file at `path`.
 
         Raises
         ------
@@ -214,7 +214,7 @@ class Keeping:
         save_learned(self, path)
 
     def load_adapter(self: Any, path: Path) -> None:
-        """Take over gates and scales that `save_adapter` saved.
+        """Take over gates and scales that `save_adapter` saved at `path`.
 
         Raises
         ------

@@ -54,7 +54,7 @@ class Trace:
         self._ids: list[torch.Tensor] = []
 
     def begin(self, n: int, ids: torch.Tensor | None) -> None:
-        """The model is about to be given n tokens; ids (rows, n) where it is given ids."""
+        """The model is about to be given `n` tokens; `ids` (rows, n) where it is given ids."""
         self._starts.append(self.tokens)
         self._segments.append([])
         self._ids.append(torch.empty(0, n) if ids is None else ids.cpu())
@@ -66,11 +66,11 @@ class Trace:
         return max((len(ids) for ids in self._ids), default=0)
 
     def ids(self, row: int = 0) -> list[int]:
-        """The tokens of one row that the model was given; none where it was given embeddings."""
+        """The tokens of one `row` that the model was given; none where it was given embeddings."""
         return [token for ids in self._ids if len(ids) > row for token in ids[row].tolist()]
 
     def record(self, layer: int, readings: list[Reading], joint_lse: torch.Tensor, scale: float) -> None:
-        """Keep the nearest memories of one layer (rows, heads, q), weighed by exp(scale score - joint_lse)."""
+        """Keep the nearest of a `layer`'s `readings` (rows, heads, q), of weight exp(`scale` score - `joint_lse`)."""
         near = [reading.neighbours for reading in readings if reading.neighbours is not None]
         if not near:
             return
@@ -83,7 +83,7 @@ class Trace:
         self._segments[-1].append(Part(layer, positions.int().cpu().numpy(), weights.cpu().numpy()))
 
     def draws(self, token: int, row: int = 0) -> list[Draw]:
-        """The memories that `token` drew from, each with its strongest use in any layer and head, strongest first.
+        """What `token` of a `row` drew from, each memory with its strongest use in any layer and head, strongest first.
 
         Raises
         ------
@@ -104,7 +104,7 @@ class Trace:
         return sorted(strongest.values(), key=lambda draw: -draw.weight)
 
     def usual(self, row: int = 0) -> dict[tuple[int, int], float]:
-        """The mean weight, over all tokens, of what each (layer, head) drew from its nearest memory."""
+        """The mean weight, over all tokens of a `row`, of what each (layer, head) drew from its nearest memory."""
         total: dict[tuple[int, int], float] = {}
         for part in (part for segment in self._segments for part in segment):
             for head, weight in enumerate(part.weights[row, :, :, 0].sum(axis=1)):
