@@ -64,12 +64,13 @@ def expected_value(signal: Signal, mean: Any, variance: Any, density: str = "tru
     Source: ∞-former (arXiv 2109.00301), section 3.1. Differs from the paper in the default density: the paper's
     Gaussian leaves more than half of its mass outside [0, 1] before training.
     """
-    mean, variance = looking(mean, variance, density, signal=looked_at(signal))
-    looked_at(signal, mean=(mean, 1), variance=(variance, 1))
+    B = looked_at(signal)
+    mean, variance = looking(mean, variance, density, signal=B)
+    checks.leading(signal=(B, 2), mean=(mean, 1), variance=(variance, 1))
     if signal.basis.kind == "rectangular":
         seen = interval_mass(mean, variance, *signal.basis.beside(mean, edges=True), density)
-    elif mean.dtype == signal.coefficients.dtype:
-        return cast(expected(signal.coefficients, mean, variance, *signal.basis.beside(mean), density), signal.dtype)
+    elif mean.dtype == B.dtype:
+        return cast(expected(B, mean, variance, *signal.basis.beside(mean), density), signal.dtype)
     else:
         seen = expected_basis(mean, variance, *signal.basis.beside(mean), density)  # (..., q, N)
     return signal.weighted(seen)

@@ -52,8 +52,9 @@ def gibbs_value(signal: Signal, energies: Any) -> Any:
     array([[3.5],
            [1.5]])
     """
-    checks.floating_arrays(signal=looked_at(signal), energies=energies)
-    looked_at(signal, energies=(energies, 2))
+    B = looked_at(signal)
+    checks.floating_arrays(signal=B, energies=energies)
+    checks.leading(signal=(B, 2), energies=(energies, 2))
     return signal.weighted(gibbs_shares(energies, signal.basis))
 
 

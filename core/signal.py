@@ -240,16 +240,15 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
     return Signal(coefficients, basis, used, x.dtype, length)
 
 
-def looked_at(signal: Any, **arrays: tuple[Any, int]) -> Any:
-    """The coefficients of `signal`, if it is one and its leading axes are those of `arrays`; see checks.leading.
+def looked_at(signal: Any) -> Any:
+    """The coefficients of `signal`, if it is one.
 
     Raises
     ------
-    ArgumentError, ShapeError
+    ArgumentError
     """
     if not isinstance(signal, Signal):
         raise ArgumentError("signal", "a Signal", type(signal).__name__, "Pass what perdure.fit returned.")
-    checks.leading(signal=(signal.coefficients, 2), **arrays)
     return signal.coefficients
 
 
