@@ -141,10 +141,6 @@ class Signal:
             raise ShapeError("where", f"(..., D) with leading axes {lead}", str(tuple(where.shape)), "Reshape it.")
         return np.broadcast_to(to_numpy(where).astype(np.float64), (*lead, where.shape[-1]))
 
-    def weighted(self, seen: Any) -> Any:
-        """E[x(t)] = E[psi(t)]^T B, from `seen`, E[psi(t)], of every query: (..., q, N) -> (..., q, e)."""
-        return cast(cast(seen, self.coefficients.dtype) @ self.coefficients, self.dtype)
-
     def report(
         self,
         segment: int | None = None,
@@ -238,6 +234,11 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
     operator = fit_operator(basis, where, used)
     coefficients = apply(operator.key, operator.matrix, wide)
     return Signal(coefficients, basis, used, x.dtype, length)
+
+
+def weighted(seen: Any, B: Any, dtype: Any) -> Any:
+    """E[x(t)] = E[psi(t)]^T B in `dtype`, from `seen`, E[psi(t)], of every query: (..., q, N) -> (..., q, e)."""
+    return cast(cast(seen, B.dtype) @ B, dtype)
 
 
 def looked_at(signal: Any) -> Any:

@@ -15,7 +15,8 @@ from ..core import checks, original
 from ..core.attention import Reading
 from ..core.basis import Basis, gaussian_basis, positions_in
 from ..core.consolidation import Scheme, fitted, updated, updated_in_bins
-from ..core.density import DENSITIES, expected_value
+from ..core.density import DENSITIES
+from ..core.expectation import expected_value
 from ..core.positions import fraction, resample
 from ..core.report import SignalReport, signal_report, smallest_scheme
 from ..core.signal import Signal, penalty

@@ -15,6 +15,7 @@ from ...core import checks, looking, original
 from ...core.basis import Basis, gaussian_basis, gaussians
 from ...core.consolidation import Scheme
 from ...core.density import DENSITIES, expected_basis, interval_mass
+from ...core.expectation import fewer_places
 from ...core.positions import fraction, systematic
 from ...core.signal import penalty
 from .state import State
@@ -175,11 +176,13 @@ class ContinuousAttention(TransformerXLAttention):
                 B, looked = self._turned(B, looked, memory.hidden[:, -self.segment :], memory.position, reading)
             queries = self._heads(self.query(x)).to(B.dtype)
             mean, variance = self._look(queries, B)
-            psi = expected_basis(
-                mean, variance, *self._functions(B.device, B.dtype), self.density
-            )  # (rows, heads, n, N)
-            values = self._heads(B @ self.signal_value.weight.mT.to(B.dtype))
-            read = self._joined(psi @ values).to(x.dtype)
+            functions, few = B, fewer_places(self.basis, variance, self.density, mean.shape[1] * mean.shape[2])
+            if few is None:
+                psi = expected_basis(mean, variance, *self._functions(B.device, B.dtype), self.density)
+            else:
+                psi, functions = few.seen(mean, variance), few.blurred(B)
+            values = self._heads(functions @ self.signal_value.weight.mT.to(B.dtype))
+            read = self._joined(psi @ values).to(x.dtype)  # psi (rows, heads, n, N)
             real = memory.position >= self.segment  # rows that have a signal
             real = (real[:, None] if present is None else real[:, None] & present)[:, None].expand(mean.shape)
             loss = self._loss(mean, variance, real)
