@@ -74,19 +74,3 @@ def systematic(histogram: Any, samples: int, shift: Any = 0.5) -> Any:
     begin = xp.take_along_axis(ends, bin_, axis=-1) - width
     inside = (wanted - begin) / xp.where(width > 0, width, xp.ones_like(width))
     return (xp.astype(bin_, histogram.dtype) + xp.clip(inside, 0, 1)) / bins
-
-
-def fraction(argument: str, value: Any) -> float:
-    """`value` as a float strictly between 0 and 1.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 < number < 1:
-        raise ArgumentError(argument, "a number strictly between 0 and 1", repr(value), f"Pass {argument}=0.5.")
-    return number

@@ -14,7 +14,7 @@ from . import checks
 from .basis import Basis, positions_in
 from .consolidation import Scheme, apply, updated
 from .cross_validation import validated_ridge
-from .positions import centred, fraction, resample
+from .positions import centred, resample
 from .report import SignalReport, signal_report
 from .ridge import fit_operator
 
@@ -115,7 +115,7 @@ class Signal:
         Gradients reach the coefficients and `x_new`. Source: ∞-former (arXiv 2109.00301), sections 3.2 and 3.3.
         Differs from the paper in that both parts are sampled at midpoints.
         """
-        tau, M = fraction("contraction", contraction), checks.count("samples", samples)
+        tau, M = checks.number("contraction", contraction, 0, 1), checks.count("samples", samples)
         B = self.coefficients
         checks.floating_arrays(coefficients=B, x_new=x_new)
         checks.shape("x_new", x_new, *B.shape[:-2], "L", B.shape[-1])
@@ -169,7 +169,7 @@ class Signal:
         """
         scheme = Scheme(self.basis, self.ridge, checks.count("samples", samples), self.original)
         length = self.segment if segment is None else checks.count("segment", segment)
-        return signal_report(scheme, length, fraction("contraction", contraction), features)
+        return signal_report(scheme, length, checks.number("contraction", contraction, 0, 1), features)
 
 
 def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) -> Signal:

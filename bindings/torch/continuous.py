@@ -16,7 +16,7 @@ from ...core.basis import Basis, gaussian_basis, gaussians
 from ...core.consolidation import Scheme
 from ...core.density import DENSITIES, expected_basis, interval_mass
 from ...core.expectation import fewer_places
-from ...core.positions import fraction, systematic
+from ...core.positions import systematic
 from ...core.signal import penalty
 from .state import State
 from .transformer_xl import RecurrentState, TransformerXLAttention
@@ -131,7 +131,7 @@ class ContinuousAttention(TransformerXLAttention):
         self.basis = basis if isinstance(basis, Basis) else gaussian_basis(checks.count("basis", basis))
         if self.basis.kind != "gaussian":
             raise ArgumentError("basis", "a Gaussian basis", repr(self.basis), "Pass perdure.gaussian_basis(n).")
-        self.contraction, self.sticky = fraction("contraction", contraction), sticky
+        self.contraction, self.sticky = checks.number("contraction", contraction, 0, 1), sticky
         self.compat = None if compat is None else checks.choice("compat", compat, COMPATIBLE)
         self.density = "gaussian" if compat else checks.choice("density", density, DENSITIES)
         self.floor, self.width, self.centre, self.regulariser = floor, width, centre, regulariser
