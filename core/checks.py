@@ -149,8 +149,8 @@ def neighbours(value: Any, stored: int) -> int:
     return k
 
 
-def number(argument: str, value: Any) -> float:
-    """`value` as a finite float.
+def number(argument: str, value: Any, above: float = -math.inf, below: float = math.inf) -> float:
+    """`value` as a finite float strictly between `above` and `below`.
 
     Raises
     ------
@@ -160,8 +160,11 @@ def number(argument: str, value: Any) -> float:
         result = float(value)
     except (TypeError, ValueError):
         result = math.nan
-    if not math.isfinite(result):
-        raise ArgumentError(argument, "a finite number", repr(value)[:80], f"Pass {argument} as a float.")
+    if not above < result < below:  # NaN neither
+        bounded = math.isfinite(above) and math.isfinite(below)
+        expected = f"a number strictly between {above:g} and {below:g}" if bounded else "a finite number"
+        remedy = f"{argument}={(above + below) / 2:g}" if bounded else f"{argument} as a float"
+        raise ArgumentError(argument, expected, repr(value)[:80], f"Pass {remedy}.")
     return result
 
 

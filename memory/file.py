@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from ..backends.errors import ArgumentError, FileError
 from .disk import as_path, opened, replacing
 from .kinds import kind_of, revive
 from .protocol import Memory
-from .state import Owned
+from .state import Owned, unpack
 
 VERSION = 1
 DTYPES = {
@@ -159,7 +159,9 @@ def load_arrays(
 
 
 class Savable:
-    """Gives a memory its `save`."""
+    """Gives a memory its `save`, and its `from_state_dict` from what is special to its kind."""
+
+    _kind: ClassVar[str]
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[dict[str, np.ndarray]]:
@@ -177,6 +179,21 @@ class Savable:
             Without the safetensors package.
         """
         save(self, path)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
+
+        Raises
+        ------
+        ArgumentError
+            No state of a memory of this kind, or an altered one.
+        """
+        return cls._restored(*unpack(cls._kind, state))
+
+    @classmethod
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
+        raise NotImplementedError
 
 
 def _seal(path: Path) -> None:

@@ -24,7 +24,7 @@ from .lock import ReadWriteLock
 from .retrieving import Retrieving
 from .row import Row
 from .rows import listed, token_array
-from .state import counts, pack, rebuilt, required, unpack
+from .state import counts, pack, rebuilt, required
 from .storage import DTYPES
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
@@ -105,6 +105,8 @@ class KNNMemory(Retrieving, Savable):
     >>> reading.neighbours.positions[0, 0, 0, 0] >= 150  # the oldest 150 have left
     np.True_
     """
+
+    _kind = "KNNMemory"
 
     def __init__(
         self,
@@ -279,18 +281,10 @@ class KNNMemory(Retrieving, Savable):
                 arrays |= {f"rows.{i}.{name}": a for name, a in row.saved().items()}
                 if isinstance(row, Row):
                     arrays |= {f"rows.{i}.index.{name}": a for name, a in row.index.state().items()}
-            yield pack("KNNMemory", {name: getattr(self, name) for name in CONFIG}, arrays)
+            yield pack(self._kind, {name: getattr(self, name) for name in CONFIG}, arrays)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
-
-        Raises
-        ------
-        ArgumentError
-            No state of a KNNMemory, or an altered one.
-        """
-        config, arrays = unpack("KNNMemory", state)
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         memory = rebuilt(cls, config, device=None, device_capacity=None)  # of which a state says nothing
         written = counts(arrays, "written", memory.rows)
         for i, row in enumerate(memory._rows):
