@@ -141,7 +141,9 @@ def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[d
                     row[name] = knows(
                         tokenizer,
                         key,
-                        lambda q, p=part: model(torch.cat([p, q], dim=1), use_cache=False).logits[:, -q.shape[1] :],
+                        lambda q, p=part: (
+                            model(torch.cat([p, q], dim=1), use_cache=False, logits_to_keep=q.shape[1]).logits
+                        ),
                     )
             keep(row)
 

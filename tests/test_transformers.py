@@ -594,7 +594,7 @@ def test_an_explanation_shows_the_text_that_was_drawn_on(model, tmp_path):
 
 WRONG = {
     "layers": ([3], ["all", 0], [], "some", [0.5]),
-    "k": (0, -1, 2.5),
+    "k": (0, -1, 2.5, 65_537),
     "capacity": (0, None),
     "mixing": ("sum",),
     "positions": ("rope",),
@@ -611,6 +611,14 @@ def test_wrong_arguments_are_named_and_leave_the_model_alone(argument, value):
         attach(model, **{argument: value})
     assert model.config._attn_implementation == "sdpa"
     assert not hasattr(model, "perdure_memory")
+
+
+def test_as_many_memories_may_be_asked_for_as_all_stores_hold(ids):
+    """None of the stores behind one layer holds so many, and no store is asked for more than it may hold."""
+    model = llama()
+    full = logits(model, ids)
+    attach(model, k=70_000, capacity=70_000, distance=60)
+    torch.testing.assert_close(in_windows(model, ids, WINDOW), full, **EXACT)
 
 
 def test_models_that_memory_cannot_join_are_refused():

@@ -100,7 +100,7 @@ def attach(
     chosen = choose(layers, sorted(attentions))
     checks.count("capacity", capacity)
     checks.choice("index", index, INDEXES)
-    checks.count("k", k)
+    checks.neighbours(k, capacity)
     checks.count("window", window)
     recent = window if recent is None else checks.count("recent", recent, least=0)
     checks.count("sinks", sinks, least=0)

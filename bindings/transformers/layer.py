@@ -116,7 +116,7 @@ class LayerMemory:
         if len(whole) == 2 and seen["first"] is seen["recent"]:
             whole = ["first recent"]
         readings = {name: read_whole(self._held(name, query), seen[name.split()[0]], scale, keep) for name in whole} | {
-            name: read_memory(store, seen[name], self.k, scale)
+            name: read_memory(store, seen[name], min(self.k, store.capacity), scale)
             for name, store in self.stores.items()
             if name not in WHOLE
         }
