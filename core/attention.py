@@ -6,7 +6,6 @@ of each: no set need be seen twice (Milakov & Gimelshein 2018, arXiv 1805.02867;
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -194,18 +193,22 @@ def merge(*readings: Reading) -> Reading:
         checks.shape(f"readings[{i}].output", reading.output, *readings[0].output.shape, whole=True)
         checks.shape(f"readings[{i}].lse", reading.lse, *readings[0].output.shape[:-1], whole=True)
     neighbours = next((r.neighbours for r in readings if r.neighbours is not None), None)
-    pairs = ((r.output, r.lse) for r in readings)
-    output, lse = functools.reduce(lambda a, b: merge_two(*a, *b), pairs)
+    if len(readings) == 1:
+        return readings[0]
+    output, lse = merged(*(part for reading in readings for part in (reading.output, reading.lse)))
     return Reading(output, lse, neighbours)
 
 
 @kernel(wide=(1,))
-def merge_two(output_a: Any, lse_a: Any, output_b: Any, lse_b: Any) -> tuple[Any, Any]:
-    """output = (e^lse_a output_a + e^lse_b output_b) / (e^lse_a + e^lse_b)."""
-    xp = namespace(output_a)
-    lses = xp.stack([lse_a, lse_b], axis=-1)  # (..., q, 2)
+def merged(*parts: Any) -> tuple[Any, Any]:
+    """output = Σ e^lse_i output_i / Σ e^lse_i, given output_1, lse_1, output_2, lse_2, ..."""
+    xp = namespace(parts[0])
+    lses = xp.stack(parts[1::2], axis=-1)  # (..., q, readings)
     weights, lse = masked_softmax(lses, lses > -math.inf)
-    return weights[..., :1] * output_a + weights[..., 1:] * output_b, lse
+    output = weights[..., :1] * parts[0]
+    for i, other in enumerate(parts[2::2], start=1):
+        output = output + weights[..., i : i + 1] * other
+    return output, lse
 
 
 def gate(memory_output: Any, local_output: Any, bias: Any) -> Any:

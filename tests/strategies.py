@@ -111,7 +111,7 @@ def lses(draw, shape):
 
 
 @st.composite
-def args_merge_two(draw):
+def args_merged(draw):
     lead, q, dv = draw(LEADS), draw(QUERIES), draw(WIDTHS)
     sides = [(draw(values((*lead, q, dv))), draw(lses((*lead, q)))) for _ in range(2)]
     return (*sides[0], *sides[1])

@@ -208,3 +208,21 @@ def test_what_merge_and_gate_reject():
         perdure.gate(np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.zeros((5, 2)))
     with pytest.raises(perdure.ShapeError, match="bias"):
         perdure.gate(np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_what_pytorch_fuses_is_attention_with_its_log_sum_exp(rng, dtype):
+    """With and without a causal mask, keys shared by several heads, and heads whose vectors lie apart in memory."""
+    torch = pytest.importorskip("torch")
+    from perdure.backends.torch import fused
+
+    made = (torch.from_numpy(rng.standard_normal((2, 7, heads, 8))).transpose(1, 2) for heads in (6, 2, 2))
+    queries, keys, values = (a.to(getattr(torch, dtype)) for a in made)
+    queries, keys, values = queries.unflatten(1, (2, 3)), keys[:, :, None], values[:, :, None]
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == "bfloat16" else {"rtol": 1e-5, "atol": 1e-5}
+    for causal in (False, True):
+        mask = torch.ones(7, 7, dtype=torch.bool).tril() if causal else None
+        whole = perdure.attend(queries.double(), keys.double(), values.double(), scale=0.5, mask=mask)
+        output, lse = fused(queries, keys, values, 0.5, None, causal)
+        torch.testing.assert_close(output.double(), whole.output, **close)
+        torch.testing.assert_close(lse.double(), whole.lse, **close)

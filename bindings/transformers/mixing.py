@@ -29,15 +29,28 @@ def read_locally(
         As the model made it: boolean, or added to the scores; None is plain causal order.
     """
     rows, heads, n = key.shape[:3]
-    q, causal = query.shape[2], mask is None and query.shape[2] == n
+    q = query.shape[2]
     grouped = query.reshape(rows, heads, -1, q, query.shape[3])  # (rows, heads, group, q, dim)
+    causal = mask is None and q == n
+    allowed = None if causal else as_boolean(mask, q, n, query.device)
+    reading = read_grouped(grouped, key, value, scale, None if allowed is None else allowed[:, :, None], causal)
+    return Reading(reading.output.reshape(*query.shape[:3], -1), reading.lse.reshape(query.shape[:3]))
+
+
+def read_grouped(
+    grouped: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bool
+) -> Reading:
+    """Attention of queries (rows, heads, group, q, dim) over keys that each group shares (rows, heads, n, dim).
+
+    What PyTorch has fused for it is asked first, and not checked beyond what it returns; `mask` is None where `causal`.
+    """
     key, value = key[:, :, None], value[:, :, None]
-    output = fused(grouped, key, value, scale, None, n > 1) if causal else None
-    if output is None:
-        allowed = as_boolean(mask, q, n, query.device)
-        reading = attend(grouped, key, value, scale=scale, mask=None if allowed is None else allowed[:, :, None])
-        output = reading.output, reading.lse
-    return Reading(output[0].reshape(*query.shape[:3], -1), output[1].reshape(query.shape[:3]))
+    found = fused(grouped, key, value, scale, mask, causal and key.shape[3] > 1)
+    if found is not None:
+        return Reading(*found)
+    if causal:
+        mask = as_boolean(None, grouped.shape[3], key.shape[3], grouped.device)
+    return attend(grouped, key, value, scale=scale, mask=mask)
 
 
 def as_boolean(mask: torch.Tensor | None, q: int, n: int, device: torch.device) -> torch.Tensor | None:
@@ -134,7 +147,7 @@ def read_whole(whole: Whole, query: torch.Tensor, scale: float, keep: int) -> Re
     whole = whole.repeated(rows // len(whole.there))
     mask = None if bool(whole.there.all()) else whole.there[:, None, None, None]
     grouped = query.reshape(rows, whole.keys.shape[1], -1, q, dim)
-    reading = attend(grouped, whole.keys[:, :, None], whole.values[:, :, None], scale=scale, mask=mask)
+    reading = read_grouped(grouped, whole.keys, whole.values, scale, mask, False)
     reading = Reading(reading.output.reshape(rows, heads, q, -1), reading.lse.reshape(rows, heads, q))
     told = whole.positions >= 0
     if not keep or not told.any():

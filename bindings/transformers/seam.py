@@ -109,13 +109,13 @@ def join(
         asked = query if factor is None else query * factor.abs().to(query.dtype)[:, None, None]
         for name, reading in memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, keep).items():
             (found if name in ("near", "far") else beside).append(reading)
-    local, trace = merge(at_hand, *beside), seam.memory.trace
+    trace = seam.memory.trace
     if bias is None or not found:
-        joined = merge(local, *found)
+        joined = merge(at_hand, *beside, *found)
         if trace is not None:
             trace.record(seam.layer.index, [*beside, *found], joined.lse, scale)
         return joined.output
-    remembered = merge(*found)
+    local, remembered = merge(at_hand, *beside), merge(*found)
     if trace is not None:
         trace.record(seam.layer.index, found, remembered.lse, scale)
     return gate(remembered, local.output, bias.to(local.output.dtype))
