@@ -213,7 +213,6 @@ def test_what_merge_and_gate_reject():
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_what_pytorch_fuses_is_attention_with_its_log_sum_exp(rng, dtype):
     """With and without a causal mask, keys shared by several heads, and heads whose vectors lie apart in memory."""
-    torch = pytest.importorskip("torch")
     from perdure.backends.torch import fused
 
     made = (torch.from_numpy(rng.standard_normal((2, 7, heads, 8))).transpose(1, 2) for heads in (6, 2, 2))
