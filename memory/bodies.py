@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends.errors import FileError, StoreError
-from .disk import refuse_odd, sync_folder
+from .disk import refuse_odd, sync_folder, write_at
 
 FILE = "bodies"
 BLOCK = 4096  # bytes; parts begin and end at multiples of it
@@ -164,9 +164,7 @@ class Bodies:
 
     def _write(self, part: memoryview, start: int) -> None:
         with self._errors():
-            while part:
-                written = os.pwrite(self.descriptor, part, start)
-                part, start = part[written:], start + written
+            write_at(self.descriptor, part, start)
 
     def _errors(self) -> _Errors:
         return _Errors(self.path)

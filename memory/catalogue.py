@@ -46,7 +46,7 @@ class Catalogue:
             if entry is None or entry.place is None or entry.place.id != place.id:
                 entry = Entry(name, about, place, None)
             elif entry.place.chain != place.chain:
-                entry.place = place
+                entry.lies(place)
             found[name] = entry
         for name, entry in self.entries.items():
             entry.deleted = found.get(name) is not entry
@@ -133,7 +133,10 @@ class Catalogue:
         del self.dropped[: len(dropped)]
         for entry, place in after:
             with entry.lock:
-                entry.place = place
+                most = entry.bytes
+                entry.lies(place)
+                if entry.whole:  # something was done to it meanwhile, and its state is to follow
+                    entry.bytes = max(most, entry.bytes)
                 if entry.deleted:  # while it was being written
                     self.dropped.append(place.id)
 
@@ -178,7 +181,7 @@ class Catalogue:
     @staticmethod
     def outgrown(entry: Entry, place: Place, guard: Guard) -> bool:
         """Whether so much of the records is overwritten, or they are so many, that a state should replace them."""
-        most = max(FEWEST_BYTES, WASTE * guard.memory.nbytes)
+        most = max(FEWEST_BYTES, WASTE * guard.nbytes)
         return entry.bytes > most or place.records + len(entry.waiting) > MOST_RECORDS
 
     @staticmethod

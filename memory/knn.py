@@ -24,7 +24,7 @@ from .lock import ReadWriteLock
 from .retrieving import Retrieving
 from .row import Row
 from .rows import listed, token_array
-from .state import counts, pack, rebuilt, required
+from .state import counts, pack, rebuilt, required_finite
 from .storage import DTYPES
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
@@ -292,9 +292,7 @@ class KNNMemory(Retrieving, Savable):
             row.written = int(written[i])
             for name, empty in row.arrays.items():
                 shape = (empty.shape[0], row.stored, *empty.shape[2:])
-                row.arrays[name] = required(arrays, f"rows.{i}.{name}", shape, empty.dtype)
-                if np.issubdtype(empty.dtype, np.floating):
-                    checks.finite(**{f"state['rows.{i}.{name}']": row.arrays[name]})
+                row.arrays[name] = required_finite(arrays, f"rows.{i}.{name}", shape, empty.dtype)
             learned = f"rows.{i}.index."
             row.index.restore({n.removeprefix(learned): a for n, a in arrays.items() if n.startswith(learned)})
         return memory
