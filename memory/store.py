@@ -262,7 +262,7 @@ class Store:
                         continue
                     entry.whole = entry.touched = True
                 self._calls.commit([entry])
-            self._engine.give_back()
+            self._catalogue.give_back()
             if not self._engine.move_log(truncate=True):
                 raise StoreError(
                     str(self.path),
