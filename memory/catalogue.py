@@ -174,8 +174,9 @@ class Catalogue:
 
     def _wait_again(self, entry: Entry, calls: list[Record], whole: bool) -> None:
         with entry.lock:
-            entry.waiting[:0] = calls
-            entry.waiting_bytes += sum(record.nbytes for record in calls)
+            if entry.waiting is not calls:  # it is, where the commit was interrupted before it had taken them
+                entry.waiting[:0] = calls
+            entry.waiting_bytes = sum(record.nbytes for record in entry.waiting)
             entry.whole, entry.touched = entry.whole or whole, True
 
     @staticmethod
@@ -184,10 +185,12 @@ class Catalogue:
         most = max(FEWEST_BYTES, WASTE * guard.nbytes)
         return entry.bytes > most or place.records + len(entry.waiting) > MOST_RECORDS
 
-    @staticmethod
-    def compactable(place: Place) -> bool:
+    def compactable(self, place: Place) -> bool:
         """Whether a checkpoint should write a memory's state: its calls are many, large, or hold what was cleared."""
-        return place.stale or place.records > MOST_CALLS or place.call_bytes > place.state_bytes
+        if place.stale or place.records > MOST_CALLS or place.records == 1:
+            return place.records > 1
+        state = place.state_bytes or self.engine.record_bytes(place.id, 0)  # known, once it has been read
+        return place.size > 2 * state
 
     def verify(self) -> None:
         """Compare everything with its checksums; inside a transaction.

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..backends.errors import FileError
 
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+# Flags with which to open: no link is followed, no pipe waited for, nothing left open in another program.
+SAFELY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -67,7 +68,7 @@ def opened(path: Path) -> Iterator[tuple[int, int]]:
     """
     refuse_odd(path)  # before opening: to open a device may already act on it
     try:
-        descriptor = os.open(path, _READ | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, os.O_RDONLY | SAFELY)
     except OSError as error:
         raise unreadable(path, error) from error
     try:
@@ -96,7 +97,7 @@ def replacing(path: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:50]}.", suffix=".saving", dir=path.parent))
         new = folder / "new"
         yield new
-        descriptor = os.open(new, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(new, os.O_RDWR | SAFELY)
         try:
             os.fsync(descriptor)
         finally:

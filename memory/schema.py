@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..backends.errors import FileError, StoreError
+from .disk import SAFELY
 from .record import LARGEST_HEAD
 
 VERSION = 1
@@ -50,8 +51,7 @@ def connect(path: Path, readonly: bool) -> sqlite3.Connection:
         raise StoreError("sqlite3", "SQLite 3.31 or newer", sqlite3.sqlite_version, "Use a newer Python build.")
     place = f"file:{quote(os.fsencode(path.absolute()))}"
     if not readonly:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        os.close(os.open(path, flags, 0o600))  # SQLite would let others read it
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o600))  # SQLite would let others read it
     elif not path.with_name(FILE + "-wal").exists() and not os.access(path.parent, os.W_OK):
         return _connected(f"{place}?mode=ro&immutable=1")  # no log, and nothing can be made beside it
     return _connected(f"{place}?mode={'ro' if readonly else 'rw'}")

@@ -88,7 +88,7 @@ class Store:
 
     Locks, from the outside in: the session's (the connection), an entry's (its one writer), the shelf's (which memories
     are open), and the memory's own. A read takes the shelf's for a moment, then the memory's, so no reader waits for a
-    commit.
+    commit, unless the memory has left main memory and must be read from the disk.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Store:
             Any text of at most 1,024 bytes. It is data: never part of a path or a query.
         kind : {"knn", "continuous", "recurrent", "compressive", "hybrid"}, optional
         quota : int, optional
-            The most bytes it may take on the disk. This and what follows counts when the memory is made.
+            The most bytes it may take on the disk. This and what follows count when the memory is made.
         clip : float, optional
             Shorten keys longer than `clip` times what is ordinary in their row and head, so that a few very long ones
             cannot draw all attention; None leaves keys as they are. For kinds with keys.
@@ -255,11 +255,10 @@ class Store:
         with self._session.using(write=True):
             self.commit()
             for entry in list(self._catalogue.entries.values()):
-                if entry.place is None or entry.place.records == 1:
+                if entry.place is None or not self._catalogue.compactable(entry.place):
                     continue
                 with self._calls.writing(entry) as guard:
-                    fits = entry.place.stale or self._quota.fits(entry, guard.nbytes)
-                    if not fits or not self._catalogue.compactable(entry.place):
+                    if not entry.place.stale and not self._quota.fits(entry, guard.nbytes):
                         continue
                     entry.whole = entry.touched = True
                 self._calls.commit([entry])

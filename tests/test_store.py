@@ -196,6 +196,32 @@ def test_one_commit_is_one_moment_for_all_memories(path, monkeypatch):
     store.close()
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_commit_that_is_interrupted_writes_nothing_twice(path, monkeypatch, taken):
+    with perdure.open(path) as store:
+        store.memory("a", **SHAPE)
+    store = perdure.open(path)
+    store.memory("a").write(segment(), segment())
+    before = store.stats()["perdure_store_waiting_bytes"]
+
+    def interrupt(*anything):
+        raise KeyboardInterrupt
+
+    if taken:
+        monkeypatch.setattr(catalogue.ledger, "put_call", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.commit()
+        monkeypatch.undo()
+    else:  # between two instructions
+        entry = store.memory("a")._entry
+        store._catalogue._wait_again(entry, entry.waiting, False)
+    assert store.stats()["perdure_store_waiting_bytes"] == before
+    store.commit()
+    store = reopened(store, path)
+    assert store.memory("a").tokens.tolist() == [5, 5]
+    store.close()
+
+
 def test_what_the_caller_does_to_its_arrays_later_changes_nothing(path):
     keys = segment()
     with perdure.open(path) as store:
@@ -568,6 +594,22 @@ def test_the_search_for_traces_finds_those_of_a_store_that_leaves_them(path, mon
         store.delete("marked")
         store.checkpoint()
         assert traces(path, b"KANAKANA")
+
+
+def test_a_checkpoint_reads_only_what_it_compacts(path):
+    with perdure.open(path) as store:
+        for i in range(6):
+            store.memory(f"{i}", **SHAPE).write(segment(n=20), segment(n=20))
+        store.commit()
+        for i in range(6):
+            n = 40 if i == 1 else 1
+            store.memory(f"{i}").write(segment(n=n), segment(n=n))
+        store.memory("2").clear([0])
+    with perdure.open(path) as store:
+        store.checkpoint()
+        assert store.stats()["perdure_store_loads_total"] == 2
+        assert store.stats()["perdure_store_states_total"] == 2
+        store.verify()
 
 
 def test_a_name_can_be_used_again(path):
