@@ -17,11 +17,13 @@ from ..backends.devices import Place, memory_of
 from ..backends.errors import ArgumentError
 from ..backends.exchange import to_numpy
 from ..core.attention import attention, gather
-from ..core.retrieval import retrieve
+from ..core.retrieval import better, retrieve
+from ..core.stored import decode, retrieve_stored
 from .indexes.exact import ExactIndex
 from .row import SMALLEST, Row
 from .storage import DTYPES, LEVELS, RAW, computing
 
+WIDE = ("float32", "float64")  # stored as what is computed with
 STORED_AS = {name: name for name in DTYPES} | {"bfloat16": "int16"}  # its bits: the array API has no bfloat16
 
 
@@ -151,24 +153,28 @@ class DeviceRow:
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def numbers(self, name: str) -> Any:
-        """The ring's keys or values as they are computed with."""
-        scales = self.arrays.get(f"{name}_scales")
-        return decode(self.arrays[name][:, : self.here, ...], None if scales is None else scales[:, : self.here])
+    def stored_here(self, name: str) -> tuple[Any, Any]:
+        """The ring's keys or values as they are stored, and their scales or None; float16 as bits, as bfloat16 is."""
+        array, scales = self.arrays[name][:, : self.here, ...], self.arrays.get(f"{name}_scales")
+        return bits(array), None if scales is None else scales[:, : self.here]
 
     def search(self, queries: Any, k: int) -> tuple[Any, Any]:
         """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""
         with memory_of(self.place.device):
             start = self.oldest % self.ring
-            scores, ages = retrieve(queries, self.numbers("keys"), k, self.space, None, start)
-            xp = namespace(scores)
-            positions = xp.where(ages >= 0, ages + self.oldest, -1)
+            scores, ages = self._search_here(queries, k, start)
+            here = scores, namespace(scores).where(ages >= 0, ages + self.oldest, -1)
             if self.older is None or not self.older.stored:
-                return scores, positions
-            others = [self.place.take(a) for a in self.older.search(to_numpy(queries), k)]
-            scores, positions = (xp.concat(pair, axis=-1) for pair in zip((scores, positions), others, strict=True))
-            order = xp.argsort(-scores, axis=-1, stable=True)[..., :k]  # of equals the ring's, which are newer
-            return tuple(xp.take_along_axis(a, order, axis=-1) for a in (scores, positions))
+                return here
+            scores, positions = self.older.search(to_numpy(queries), k)
+            return better(here, (self.place.take(scores), self.place.take(positions)), k)
+
+    def _search_here(self, queries: Any, k: int, start: int) -> tuple[Any, Any]:
+        """Scores and ages (heads, q, k) of the best in the ring, whose oldest stands in slot `start`."""
+        keys, scales = self.stored_here("keys")
+        if self.dtype in WIDE:
+            return retrieve(queries, keys, k, self.space, None, start)
+        return retrieve_stored(queries, keys, scales, self.dtype, k, self.space, start)
 
     def attend(self, queries: Any, positions: Any, scale: float) -> tuple[Any, Any]:
         """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""
@@ -178,9 +184,9 @@ class DeviceRow:
             nothing = xp.zeros(shape, dtype=queries.dtype, device=queries.device)
             return nothing, xp.sum(nothing, axis=-1) - np.inf
         with memory_of(self.place.device):
-            if self.dtype in ("float32", "float64") and (self.older is None or not self.older.stored):
+            if self.dtype in WIDE and (self.older is None or not self.older.stored):
                 ages = xp.where(positions >= 0, positions - self.oldest, -1)
-                pairs = self.numbers("keys"), self.numbers("values")
+                pairs = self.stored_here("keys")[0], self.stored_here("values")[0]
                 return attention(queries, *pairs, ages, scale, None, self.oldest % self.ring)
             taken, found = self.gather(positions), (positions >= 0)[..., None, :]
             output, lse = attention(queries[..., None, :], taken["keys"], taken["values"], None, scale, found, 0)
@@ -213,7 +219,7 @@ class DeviceRow:
         entries = {name: gather(a if a.ndim == 3 else a[..., None], slots) for name, a in self.arrays.items()}
         for name in ("keys", "values"):
             scales = entries.get(f"{name}_scales")
-            numbers = decode(entries[name], None if scales is None else scales[..., 0])
+            numbers = decode(bits(entries[name]), None if scales is None else scales[..., 0], self.dtype)
             taken[name] = xp.where(found[..., None], numbers, xp.zeros_like(numbers))
         if "tags" in entries:
             taken["tags"] = xp.where(found, entries["tags"][..., 0], -1)
@@ -296,14 +302,14 @@ def encode(name: str, numbers: Any, dtype: str) -> dict[str, Any]:
     return {name: cast(codes, xp.int8), f"{name}_scales": scales}
 
 
-def decode(stored: Any, scales: Any) -> Any:
-    """`storage.decode` likewise: the numbers that stored vectors stand for, in the dtype they are computed with."""
-    xp = namespace(stored)
-    if stored.dtype == xp.int16:
-        return (cast(stored, xp.int32) << 16).view(xp.float32)
-    if scales is not None:
-        return cast(stored, xp.float32) * scales[..., None]
-    return stored if stored.dtype == xp.float64 else cast(stored, xp.float32)
+def bits(stored: Any) -> Any:
+    """`stored`, with float16 given by its bits, as bfloat16 is: what is computed with never widens all of it."""
+    return stored.view(namespace(stored).int16) if name_of(stored.dtype) == "float16" else stored
+
+
+def widened(stored: Any) -> Any:
+    """What halves of either kind stand for."""
+    return decode(bits(stored), None, "float16" if name_of(stored.dtype) == "float16" else "bfloat16")
 
 
 def as_stored(name: str, array: Any, dtype: str) -> np.ndarray:

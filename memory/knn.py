@@ -224,7 +224,8 @@ class KNNMemory(Retrieving, Savable):
         codec: Any = storage if self._place is HOST else device_row
         parts = {**codec.encode("keys", keys, self.dtype), **codec.encode("values", values, self.dtype)}
         if self.dtype in ("float16", "bfloat16"):
-            checks.finite(**{name: codec.decode(parts[name], None) for name in ("keys", "values")})
+            for name in ("keys", "values"):
+                checks.finite(**{name: codec.widened(parts[name])})
         return parts
 
     def explain(self) -> str:
