@@ -232,8 +232,15 @@ def finite(**arrays: Any) -> None:
     NonFiniteError
     """
     for argument, array in arrays.items():
-        if array is not None and not bool(namespace(array).all(namespace(array).isfinite(array))):
+        if array is not None and not all_finite(array):
             raise NonFiniteError(argument, "finite numbers", "NaN or infinity", f"Clean {argument} before passing it.")
+
+
+def all_finite(array: Any) -> bool:
+    """Whether no number is NaN or infinite: as a rule their sum tells, and only where it cannot, each is looked at."""
+    xp = namespace(array)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(xp.isfinite(xp.sum(array))) or bool(xp.all(xp.isfinite(array)))
 
 
 def outcome(result: Any, **arrays: Any) -> None:
@@ -246,7 +253,7 @@ def outcome(result: Any, **arrays: Any) -> None:
     ------
     NonFiniteError
     """
-    if not inspectable(result) or bool(namespace(result).all(namespace(result).isfinite(result))):
+    if not inspectable(result) or all_finite(result):
         return
     finite(**arrays)
     first, *others = arrays

@@ -137,6 +137,19 @@ class Catalogue:
                 if entry.deleted:  # while it was being written
                     self.dropped.append(place.id)
 
+    def give_back(self) -> None:
+        """Return free space to the file system, and overwrite with zeros what cannot be returned.
+
+        Raises
+        ------
+        StoreError, FileError
+        """
+        self.engine.shrink()
+        facts = {**self.facts, "commits": self.facts["commits"] + 1}
+        if self.engine.tidy(facts):
+            self.facts = facts
+        self.engine.bodies.wipe()
+
     def _write(self, entry: Entry, facts: dict[str, int], taken: list[Any], after: list[Any]) -> None:
         with entry.lock:
             if entry.deleted or not entry.touched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -55,11 +56,14 @@ def save(memory: Memory, path: str | os.PathLike[str]) -> None:
     Notes
     -----
     The file is in safetensors format, and the safetensors library opens it. Its metadata hold, under "perdure", the
-    format's version, the SHA-256 of every array, and that of the header itself. Cost: a copy of the state in memory,
-    one SHA-256 over it, one write, and the flush of file and folder. Only its owner may read the file (mode 600).
+    format's version, the SHA-256 of every array, and that of the header itself. Cost: one SHA-256 over the state, one
+    write, and the flush of file and folder; a KNNMemory takes no writes meanwhile, of other memories a copy is made.
+    Only its owner may read the file (mode 600).
     """
     kind_of(memory)
-    save_arrays(memory.state_dict(), path)
+    held = memory._unchanged() if isinstance(memory, Savable) else contextlib.nullcontext(memory.state_dict())
+    with held as state:
+        save_arrays(state, path)
 
 
 def save_arrays(arrays: dict[str, np.ndarray], path: str | os.PathLike[str]) -> None:
@@ -158,6 +162,11 @@ class Savable:
     """Gives a memory its `save`, and its `from_state_dict` from what is special to its kind."""
 
     _kind: ClassVar[str]
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[dict[str, np.ndarray]]:
+        """The state for as long as the block runs, whatever is written meanwhile."""
+        yield self.state_dict()  # type: ignore[attr-defined]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to one file at `path`, durably and checksummed; `perdure.load` gives the memory back.

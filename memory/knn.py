@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -268,13 +269,19 @@ class KNNMemory(Retrieving, Savable):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
+        with self._unchanged() as state:
+            return {name: array.copy() for name, array in state.items()}
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[dict[str, np.ndarray]]:
+        """The state as it lies in memory: who writes has to wait until the block ends."""
         with self._lock.reading:
             arrays = {"written": self.written}
             for i, row in enumerate(self._rows):
                 arrays |= {f"rows.{i}.{name}": a for name, a in row.saved().items()}
                 if isinstance(row, Row):
-                    arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
-        return pack(self._kind, {name: getattr(self, name) for name in CONFIG}, arrays)
+                    arrays |= {f"rows.{i}.index.{name}": a for name, a in row.index.state().items()}
+            yield pack(self._kind, {name: getattr(self, name) for name in CONFIG}, arrays)
 
     @classmethod
     def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:

@@ -265,7 +265,7 @@ class Store:
                     entry.whole = entry.touched = True
                 self._session.commit([entry])
             self._quota.count(self._catalogue.entries.values())
-            self._engine.give_back()
+            self._catalogue.give_back()
             if not self._engine.move_log(truncate=True):
                 raise StoreError(
                     str(self.path),

@@ -477,10 +477,66 @@ def test_after_a_checkpoint_no_trace_is_left(path, how, between):
     store.close()
 
 
+@pytest.fixture
+def scattered(path, monkeypatch):
+    """A store whose last body has free room before it, to which a checkpoint moves it."""
+    monkeypatch.setattr(engine, "INLINE", 0)
+    with perdure.open(path) as store:
+        for name in "abcdef":
+            store.memory(name, **SHAPE).write(segment(n=40), segment(n=40))
+        store.commit()
+        for name in "abcde":
+            store.delete(name)
+        store.commit()
+        yield store
+
+
+def test_a_reader_finds_what_moved_while_it_read(scattered, path, monkeypatch):
+    get, moved = engine.Engine.get, []
+
+    def late(self, memory, number):
+        if not moved:
+            moved.append(scattered._catalogue.give_back())
+        return get(self, memory, number)
+
+    monkeypatch.setattr(engine.Engine, "get", late)
+    before = (path / "bodies").stat().st_size
+    with perdure.open(path, readonly=True) as reader:
+        assert same(reader.memory("f"), scattered.memory("f"))
+    assert moved
+    assert (path / "bodies").stat().st_size < before
+
+
+def test_what_could_not_be_moved_stays_where_it_was(scattered, path, monkeypatch):
+    class Failing:
+        def __init__(self, connection):
+            self.connection = connection
+
+        def __getattr__(self, name):
+            return getattr(self.connection, name)
+
+        def execute(self, text, *rest):
+            if text == "COMMIT":
+                self.connection.execute("ROLLBACK")
+                raise sqlite3.OperationalError("disk I/O error")
+            return self.connection.execute(text, *rest)
+
+    whole = scattered._engine.connection
+    monkeypatch.setattr(scattered._engine, "connection", Failing(whole))
+    with pytest.raises(perdure.StoreError, match="disk"):
+        scattered._catalogue.give_back()
+    monkeypatch.setattr(scattered._engine, "connection", whole)
+    scattered.memory("new", **SHAPE).write(segment(9, n=40), segment(9, n=40))  # into room that is free
+    scattered.commit()
+    scattered.verify()
+    scattered.checkpoint()
+    scattered.verify()
+
+
 @pytest.mark.parametrize("where", ["database", "bodies"])
 def test_the_search_for_traces_finds_those_of_a_store_that_leaves_them(path, monkeypatch, where):
     monkeypatch.setattr(schema, "PRAGMAS", (*schema.PRAGMAS, "secure_delete = OFF"))
-    monkeypatch.setattr(engine.Engine, "give_back", lambda self: None)
+    monkeypatch.setattr(catalogue.Catalogue, "give_back", lambda self: None)
     if where == "bodies":
         monkeypatch.setattr(engine, "INLINE", 0)
     marked = np.full((2, 2, 5, 4), np.frombuffer(b"KANA", np.float32)[0])
