@@ -90,6 +90,13 @@ def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int)
     return _through_numba("retrieve", (queries, keys, k, space, mask, start))
 
 
+def retrieve_stored(queries: Any, stored: Any, scales: Any, dtype: str, k: int, space: str, start: int) -> Any:
+    if (operators := _on_gpu(queries)) and space == "ip":
+        fits = operators.certified.fits(queries, stored, k, None, dtype)
+        return operators.retrieve_stored(queries, stored, scales, dtype, k, start) if fits else NotImplemented
+    return NotImplemented
+
+
 def gaussians(*args: Any) -> Any:
     return _through_numba("gaussians", args)
 

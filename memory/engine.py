@@ -181,6 +181,12 @@ class Engine:
             raise self.damaged("the head of a record")
         return head, made
 
+    def record_bytes(self, memory: int, number: int) -> int:
+        """Bytes of a record's head and body."""
+        parts = "SELECT total(size) + total(length(head)) FROM records WHERE memory = ? AND number = ?"
+        with self.errors():
+            return int(self.connection.execute(parts, (memory, number)).fetchone()[0])
+
     def tidy(self, facts: dict[str, int]) -> bool:
         """Move parts from the end of the file of bodies to free room before them, until most of the file is in use.
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from ..backends.arrays import optional_import
 from ..backends.errors import ArgumentError, FileError
-from .disk import as_path, opened, replacing
+from .disk import as_path, opened, replacing, write_at
 from .kinds import kind_of, revive
 from .protocol import Memory
-from .state import Owned, unpack
+from .state import Mapped, Owned, unpack
 
 VERSION = 1
 DTYPES = {
@@ -35,6 +35,8 @@ PIECE = 1 << 20  # bytes read and hashed at a time, so that they are hashed whil
 _SEAL = re.compile(rb'\\"seal\\":\\"([0-9a-f]{64})\\"')
 _VERSION = re.compile(rb'\\"version\\":(\d{1,9})[,}]')
 _DAMAGED = "Restore it from a copy."
+# Without it, Linux refuses a private mapping that exceeds main memory; Python names it from 3.13 on.
+_NO_RESERVE = getattr(mapping, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 def save(memory: Memory, path: str | os.PathLike[str]) -> None:
@@ -198,12 +200,11 @@ class Savable:
 
 def _seal(path: Path) -> None:
     """Write into the header the digest of the header, taken while zeros stood in its place."""
-    with open(path, "r+b", buffering=0) as file:
+    with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         (found,) = _SEAL.finditer(header)
-        file.seek(8 + found.start(1))
-        file.write(_digest(header).encode())
+        write_at(file.fileno(), memoryview(_digest(header).encode()), 8 + found.start(1))
 
 
 def _header(path: Path, descriptor: int, size: int) -> bytes:
@@ -268,12 +269,13 @@ def _read(path: Path, descriptor: int, size: int, layout: Any, digests: Any, ver
 
 
 def _map(path: Path, descriptor: int, size: int, layout: Any, digests: Any, verify: bool) -> Iterator[Any]:
-    mapped = mapping.mmap(descriptor, size, access=mapping.ACCESS_COPY)
+    private, both = mapping.MAP_PRIVATE | _NO_RESERVE, mapping.PROT_READ | mapping.PROT_WRITE
+    mapped = mapping.mmap(descriptor, size, flags=private, prot=both)
     for name, (dtype, shape, offset) in layout.items():
         array = np.empty(shape, dtype)[...] if 0 in shape else np.ndarray(shape, dtype, mapped, offset)
         if verify:
             _compare(path, name, hashlib.sha256(_bytes(array)).hexdigest(), digests[name])
-        yield name, array.view(Owned)
+        yield name, array.view(Owned if verify else Mapped)
 
 
 def _compare(path: Path, name: str, found: str, expected: str) -> None:

@@ -103,6 +103,15 @@ class Row:
             done, first = done + some, 0
         self.written += n
 
+    def prepare(self, parts: dict[str, np.ndarray], tags: np.ndarray | None) -> tuple[Any, ...]:
+        """All of a `write` that can fail; `accept` takes what it returns."""
+        self.reserve(parts["keys"].shape[1], tags is not None)
+        return parts, tags
+
+    def accept(self, prepared: tuple[Any, ...]) -> None:
+        """The write that was prepared."""
+        self.write(*prepared)
+
     def saved(self) -> dict[str, np.ndarray]:
         """The arrays, (heads, stored, ...): all there is to a row but what it has written and its index."""
         return {name: array[:, : self.stored] for name, array in self.arrays.items()}
