@@ -7,10 +7,20 @@ from typing import Any
 import numpy as np
 
 from .arrays import optional_import
-from .cuda import attention, expected, histogram, retrieve, unit
+from .cuda import attention, expected, histogram, retrieve, retrieve_stored, unit
 from .errors import BackendError
 
-__all__ = ["attention", "expected", "from_numpy", "histogram", "probe", "retrieve", "to_numpy", "unit"]
+__all__ = [
+    "attention",
+    "expected",
+    "from_numpy",
+    "histogram",
+    "probe",
+    "retrieve",
+    "retrieve_stored",
+    "to_numpy",
+    "unit",
+]
 
 
 def probe() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ class Host:
 
     take = staticmethod(to_numpy)
     give = staticmethod(like)
+    watched = staticmethod(nullcontext)
 
 
 HOST = Host()
@@ -55,6 +56,10 @@ class Place:
             array = xp.from_dlpack(array)
         return narrow(array, reference.dtype if dtype is None else dtype) if is_floating(array) else array
 
+    def watched(self) -> AbstractContextManager[None]:
+        """Inside, a device that is full raises DeviceMemoryError."""
+        return memory_of(self.device)
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """A new array here.
 
@@ -72,6 +77,8 @@ def memory_of(device: Any) -> Iterator[None]:
     """Inside, a device that is out of memory raises DeviceMemoryError, whatever its framework raises."""
     try:
         yield
+    except DeviceMemoryError:
+        raise
     except Exception as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise

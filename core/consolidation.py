@@ -104,7 +104,11 @@ def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: np.ndarra
     new = apply((operator.key, "new", M), operator.matrix[:, M:], x)
     if where is None:
         return apply((operator.key, M, "recurrence"), scheme.recurrence(operator), B, new)
-    return apply((operator.key, "old", M), operator.matrix[:, :M], evaluate(scheme.basis, B, where), new)
+    key, old, basis = (operator.key, "old", M), operator.matrix[:, :M], scheme.basis
+    n, e = B.shape[-2:]
+    if _narrow(basis) or n * (M + e) > 2 * M * e:
+        return apply(key, old, evaluate(basis, B, where), new)
+    return apply(key, old, basis(like_of(where, B))) @ B + new  # C B, with the C of these positions
 
 
 def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: np.ndarray, counts: np.ndarray) -> Any:
@@ -131,8 +135,8 @@ def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
     if not _narrow(basis) or not on_cpu(B):
         return basis(like_of(where, B)) @ B
     itemsize = 4 if "32" in str(B.dtype) else 8
-    at, runs = like_of(where, B), range(0, where.shape[-1], SAMPLES_AT_ONCE)
     centers, widths = basis.beside(B)
+    at, runs = like_of(where, B), range(0, where.shape[-1], SAMPLES_AT_ONCE)
     out = np.empty((*where.shape, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
     rows = []
     for row in np.ndindex(*where.shape[:-1]):

@@ -111,6 +111,14 @@ def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int)
     return best, cast(positions, xp.int64)
 
 
+def better(newer: tuple[Any, Any], older: tuple[Any, Any], k: int) -> tuple[Any, Any]:
+    """The k best, best first, of two (scores, positions) (..., q, m) that are so each; of equals those of `newer`."""
+    xp = namespace(newer[0])
+    scores, positions = (xp.concat(pair, axis=-1) for pair in zip(newer, older, strict=True))
+    order = xp.argsort(-scores, axis=-1, stable=True)[..., :k]
+    return xp.take_along_axis(scores, order, axis=-1), xp.take_along_axis(positions, order, axis=-1)
+
+
 def seen_by_any(mask: Any, q: int, n: int) -> Any:
     """Which keys any of the q queries may see: a mask that broadcasts to (..., q, n) -> (..., n, 1)."""
     xp = namespace(mask)

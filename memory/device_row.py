@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,16 @@ from ..backends.arrays import cast, name_of, namespace
 from ..backends.devices import Place, memory_of
 from ..backends.errors import ArgumentError
 from ..backends.exchange import to_numpy
+from ..backends.parcels import send
 from ..core.attention import attention, gather
-from ..core.retrieval import retrieve
+from ..core.retrieval import better, retrieve
+from ..core.stored import decode, retrieve_stored
 from .indexes.exact import ExactIndex
+from .overflow import Chunk, Overflow
 from .row import SMALLEST, Row
 from .storage import DTYPES, LEVELS, RAW, computing
 
+WIDE = ("float32", "float64")  # stored as what is computed with
 STORED_AS = {name: name for name in DTYPES} | {"bfloat16": "int16"}  # its bits: the array API has no bfloat16
 
 
@@ -56,9 +61,10 @@ class DeviceRow:
         self.sizes = {"keys": (heads, dim), "values": (heads, value_dim)}
         self.written = 0  # tokens in the row's whole history
         self.arrays: dict[str, Any] = {}
-        self._allocate(0, False)
+        self.arrays = self._allocated(0, False)
         index = ExactIndex(heads, dim, space, np.dtype(RAW[dtype]))
-        self.older = Row(heads, dim, value_dim, capacity - ring, dtype, index) if ring < capacity else None
+        rest = capacity - ring
+        self.older = Overflow(Row(heads, dim, value_dim, rest, dtype, index)) if rest else None
 
     # ---- how much there is ------------------------------------------------------------------------------------------
 
@@ -94,8 +100,8 @@ class DeviceRow:
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
-    def _allocate(self, slots: int, tagged: bool) -> None:
-        """Arrays of `slots` with what was held copied into them."""
+    def _allocated(self, slots: int, tagged: bool) -> dict[str, Any]:
+        """Arrays of `slots` with what is held copied into them."""
         xp, made = self.place.xp, {}
         for name, (heads, width) in self.sizes.items():
             made[name] = self.place.empty((heads, slots, width), getattr(xp, STORED_AS[self.dtype]))
@@ -106,69 +112,75 @@ class DeviceRow:
                 made["tags"] = xp.full((1, slots), -1, dtype=xp.int64, device=self.place.device)
         for name, array in self.arrays.items():
             made[name][:, : self.here, ...] = array[:, : self.here, ...]
-        self.arrays = made
+        return made
 
-    def reserve(self, tokens: int, tagged: bool) -> None:
-        """Allocate for `tokens` more; all that can fail in a write fails here, before anything has changed."""
-        if self.older is not None:
-            leaving = max(self.written + tokens - self.ring, 0) - self.older.written
-            self.older.reserve(leaving, tagged or "tags" in self.arrays)
-        needed, slots = min(self.written + tokens, self.ring), self.slots
+    def prepare(self, parts: dict[str, Any], tags: np.ndarray | None) -> Prepared:
+        """All of a write of `parts` (heads, n, ...), encoded, at the place, and tags (n,), that can fail.
+
+        Nothing has changed yet: arrays are allocated, and what leaves the ring is on its way to main memory.
+        """
+        n, arrays = parts["keys"].shape[1], self.arrays
+        needed, slots = min(self.written + n, self.ring), self.slots
         if needed > slots:
             slots = min(max(needed, 2 * slots, SMALLEST), self.ring)
-        if slots > self.slots or (tagged and "tags" not in self.arrays):
-            self._allocate(slots, tagged)
-
-    def write(self, parts: dict[str, Any], tags: np.ndarray | None) -> None:
-        """Append `parts` (heads, n, ...), encoded, at the place, and tags (n,)."""
-        n = parts["keys"].shape[1]
-        self.reserve(n, tags is not None)
-        if "tags" in self.arrays:
+        if slots > self.slots or (tags is not None and "tags" not in arrays):
+            arrays = self._allocated(slots, tags is not None)
+        if "tags" in arrays:
             given = np.full((1, n), -1, np.int64) if tags is None else tags[None]
             parts = {**parts, "tags": self.place.take(given)}
+        return Prepared(n, arrays, parts, self._leaving(arrays, parts, n))
+
+    def _leaving(self, arrays: dict[str, Any], parts: dict[str, Any], n: int) -> list[Chunk]:
+        """What leaves the ring when n come; more than the ring holds passes through at once."""
+        first, last = self.oldest, max(self.written + n - self.ring, self.oldest)
+        if self.older is None:
+            return []
+        self.older.reserve(last - first, "tags" in arrays)
+        chunks = [
+            self.older.packed({name: a[:, slots, ...] for name, a in arrays.items()})
+            for slots, _ in _ranges(first, min(last, self.written), self.ring)
+        ]  # copies, so that the ring may be written over before they have arrived
+        if last > self.written:
+            passing = {name: part[:, : last - self.written, ...] for name, part in parts.items()}
+            chunks.append(self.older.packed(passing))
+        return chunks
+
+    def accept(self, prepared: Prepared) -> None:
+        """Append what `prepare` made of a write."""
+        n, self.arrays = prepared.tokens, prepared.arrays
         if self.older is not None:
-            self._push_out(parts, n)
+            self.older.push(prepared.leaving)
         kept = min(n, self.ring)
         for slots, taken in _ranges(self.written + n - kept, self.written + n, self.ring):
-            for name, part in parts.items():
+            for name, part in prepared.parts.items():
                 self.arrays[name][:, slots, ...] = part[:, n - kept + taken.start : n - kept + taken.stop, ...]
         self.written += n
 
-    def _push_out(self, parts: dict[str, Any], n: int) -> None:
-        """Move to main memory what leaves the ring when n come; more than the ring holds passes through at once."""
-        first, last = self.oldest, max(self.written + n - self.ring, self.oldest)
-        leaving = min(last, self.written)
-        chunks = [
-            {name: a[:, slots, ...] for name, a in self.arrays.items()}
-            for slots, _ in _ranges(first, leaving, self.ring)
-        ]
-        if last > self.written:
-            chunks.append({name: part[:, : last - self.written, ...] for name, part in parts.items()})
-        for chunk in chunks:
-            moved = {name: as_stored(name, a, self.dtype) for name, a in chunk.items()}
-            tags = moved.pop("tags", None)
-            self.older.write(moved, None if tags is None else tags[0])  # type: ignore[union-attr]
-
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def numbers(self, name: str) -> Any:
-        """The ring's keys or values as they are computed with."""
-        scales = self.arrays.get(f"{name}_scales")
-        return decode(self.arrays[name][:, : self.here, ...], None if scales is None else scales[:, : self.here])
+    def stored_here(self, name: str) -> tuple[Any, Any]:
+        """The ring's keys or values as they are stored, and their scales or None; float16 as bits, as bfloat16 is."""
+        array, scales = self.arrays[name][:, : self.here, ...], self.arrays.get(f"{name}_scales")
+        return bits(array), None if scales is None else scales[:, : self.here]
 
     def search(self, queries: Any, k: int) -> tuple[Any, Any]:
         """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""
         with memory_of(self.place.device):
-            start = self.oldest % self.ring
-            scores, ages = retrieve(queries, self.numbers("keys"), k, self.space, None, start)
-            xp = namespace(scores)
-            positions = xp.where(ages >= 0, ages + self.oldest, -1)
-            if self.older is None or not self.older.stored:
-                return scores, positions
-            others = [self.place.take(a) for a in self.older.search(to_numpy(queries), k)]
-            scores, positions = (xp.concat(pair, axis=-1) for pair in zip((scores, positions), others, strict=True))
-            order = xp.argsort(-scores, axis=-1, stable=True)[..., :k]  # of equals the ring's, which are newer
-            return tuple(xp.take_along_axis(a, order, axis=-1) for a in (scores, positions))
+            start, held = self.oldest % self.ring, self.older is not None and self.older.stored
+            asked = send(queries) if held else None  # so that both sides search at once
+            scores, ages = self._search_here(queries, k, start)
+            here = scores, namespace(scores).where(ages >= 0, ages + self.oldest, -1)
+            if self.older is None or asked is None:
+                return here
+            scores, positions = self.older.row.search(asked.take(), k)
+            return better(here, (self.place.take(scores), self.place.take(positions)), k)
+
+    def _search_here(self, queries: Any, k: int, start: int) -> tuple[Any, Any]:
+        """Scores and ages (heads, q, k) of the best in the ring, whose oldest stands in slot `start`."""
+        keys, scales = self.stored_here("keys")
+        if self.dtype in WIDE:
+            return retrieve(queries, keys, k, self.space, None, start)
+        return retrieve_stored(queries, keys, scales, self.dtype, k, self.space, start)
 
     def attend(self, queries: Any, positions: Any, scale: float) -> tuple[Any, Any]:
         """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""
@@ -178,9 +190,9 @@ class DeviceRow:
             nothing = xp.zeros(shape, dtype=queries.dtype, device=queries.device)
             return nothing, xp.sum(nothing, axis=-1) - np.inf
         with memory_of(self.place.device):
-            if self.dtype in ("float32", "float64") and (self.older is None or not self.older.stored):
+            if self.dtype in WIDE and (self.older is None or not self.older.stored):
                 ages = xp.where(positions >= 0, positions - self.oldest, -1)
-                pairs = self.numbers("keys"), self.numbers("values")
+                pairs = self.stored_here("keys")[0], self.stored_here("values")[0]
                 return attention(queries, *pairs, ages, scale, None, self.oldest % self.ring)
             taken, found = self.gather(positions), (positions >= 0)[..., None, :]
             output, lse = attention(queries[..., None, :], taken["keys"], taken["values"], None, scale, found, 0)
@@ -191,7 +203,7 @@ class DeviceRow:
         taken = self._gather_here(self.place.xp.where(positions >= self.oldest, positions, -1))
         if self.older is not None and self.older.stored:
             numbers = to_numpy(positions)
-            others = self.older.gather(np.where(numbers < self.oldest, numbers, -1))
+            others = self.older.row.gather(np.where(numbers < self.oldest, numbers, -1))
             for name in ("keys", "values"):
                 taken[name] = taken[name] + self.place.take(others[name])
             if others["tags"] is not None and taken["tags"] is not None:
@@ -213,7 +225,7 @@ class DeviceRow:
         entries = {name: gather(a if a.ndim == 3 else a[..., None], slots) for name, a in self.arrays.items()}
         for name in ("keys", "values"):
             scales = entries.get(f"{name}_scales")
-            numbers = decode(entries[name], None if scales is None else scales[..., 0])
+            numbers = decode(bits(entries[name]), None if scales is None else scales[..., 0], self.dtype)
             taken[name] = xp.where(found[..., None], numbers, xp.zeros_like(numbers))
         if "tags" in entries:
             taken["tags"] = xp.where(found, entries["tags"][..., 0], -1)
@@ -236,7 +248,8 @@ class DeviceRow:
             whole[:, newest % self.capacity] = ring[:, newest % self.ring]
             if self.older is not None and self.older.stored:
                 old = at[at < self.oldest]
-                whole[:, old % self.capacity] = self.older.arrays[name][:, old % self.older.capacity]
+                there = self.older.row
+                whole[:, old % self.capacity] = there.arrays[name][:, old % there.capacity]
             out[name] = whole
         return out
 
@@ -248,18 +261,19 @@ class DeviceRow:
         made.written = row.written
         slots = min(max(made.here, SMALLEST), ring)
         newest, older = np.arange(made.oldest, made.written), np.arange(row.oldest, made.oldest)
-        if made.older is not None:
-            made.older.written = made.oldest
+        beyond = None if made.older is None else made.older.row
+        if beyond is not None:
+            beyond.written = made.oldest
         for name, array in row.arrays.items():
             part = np.zeros((array.shape[0], slots, *array.shape[2:]), array.dtype)
             part[:, newest % ring] = array[:, newest % row.capacity]
             bits = part.view(np.int16) if part.dtype == np.uint16 else part
             with memory_of(place.device):
                 made.arrays[name] = place.xp.asarray(bits, device=place.device)
-            if made.older is not None:
+            if beyond is not None:
                 part = np.empty((array.shape[0], older.size, *array.shape[2:]), array.dtype)
-                part[:, older % made.older.capacity] = array[:, older % row.capacity]
-                made.older.arrays[name] = part
+                part[:, older % beyond.capacity] = array[:, older % row.capacity]
+                beyond.arrays[name] = part
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceRow:
@@ -267,6 +281,16 @@ class DeviceRow:
         made.arrays = {n: namespace(a).asarray(a, copy=True) for n, a in self.arrays.items()}
         made.older = copy.deepcopy(self.older, memo)
         return made
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A write that can no longer fail: tokens, the ring's arrays, what goes into them, and what leaves them."""
+
+    tokens: int
+    arrays: dict[str, Any]
+    parts: dict[str, Any]
+    leaving: list[Chunk]
 
 
 class _Explained:
@@ -296,14 +320,14 @@ def encode(name: str, numbers: Any, dtype: str) -> dict[str, Any]:
     return {name: cast(codes, xp.int8), f"{name}_scales": scales}
 
 
-def decode(stored: Any, scales: Any) -> Any:
-    """`storage.decode` likewise: the numbers that stored vectors stand for, in the dtype they are computed with."""
-    xp = namespace(stored)
-    if stored.dtype == xp.int16:
-        return (cast(stored, xp.int32) << 16).view(xp.float32)
-    if scales is not None:
-        return cast(stored, xp.float32) * scales[..., None]
-    return stored if stored.dtype == xp.float64 else cast(stored, xp.float32)
+def bits(stored: Any) -> Any:
+    """`stored`, with float16 given by its bits, as bfloat16 is: what is computed with never widens all of it."""
+    return stored.view(namespace(stored).int16) if name_of(stored.dtype) == "float16" else stored
+
+
+def widened(stored: Any) -> Any:
+    """What halves of either kind stand for."""
+    return decode(bits(stored), None, "float16" if name_of(stored.dtype) == "float16" else "bfloat16")
 
 
 def as_stored(name: str, array: Any, dtype: str) -> np.ndarray:

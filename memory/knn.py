@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -23,7 +24,7 @@ from .lock import ReadWriteLock
 from .retrieving import Retrieving
 from .row import Row
 from .rows import listed, token_array
-from .state import counts, pack, rebuilt, required, unpack
+from .state import counts, pack, rebuilt, required_finite
 from .storage import DTYPES
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
@@ -104,6 +105,8 @@ class KNNMemory(Retrieving, Savable):
     >>> reading.neighbours.positions[0, 0, 0, 0] >= 150  # the oldest 150 have left
     np.True_
     """
+
+    _kind = "KNNMemory"
 
     def __init__(
         self,
@@ -195,7 +198,8 @@ class KNNMemory(Retrieving, Savable):
         checks.shape("keys", keys, len(chosen), self.heads, "n", self.dim, whole=True)
         checks.shape("values", values, len(chosen), self.heads, keys.shape[2], self.value_dim, whole=True)
         tokens = (len(chosen), keys.shape[2])
-        parts = self._encoded(self._numbers(keys), self._numbers(values))
+        with self._place.watched():
+            parts = self._encoded(self._numbers(keys), self._numbers(values))
         present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
         if tags is not None:
             tags = np.full(tokens, tags) if isinstance(tags, int) else tags
@@ -204,14 +208,16 @@ class KNNMemory(Retrieving, Savable):
                 checks.within("tags", tags, 0, np.iinfo(np.int64).max)
             tags = tags.astype(np.int64)
         with self._lock.writing:
-            for i, row in enumerate(chosen):
-                self._rows[row].reserve(int(present[i].sum()), tags is not None)
-            for i, row in enumerate(chosen):
+            prepared = []
+            for i, row in enumerate(chosen):  # whatever fails, fails here, where no row has changed
                 own = {name: part[i, ...] for name, part in parts.items()}
                 kept = np.flatnonzero(present[i])
-                if kept.size < present.shape[1]:
-                    own = {name: namespace(a).take(a, like(kept, a), axis=1) for name, a in own.items()}
-                self._rows[row].write(own, None if tags is None else tags[i][kept])
+                with self._place.watched():
+                    if kept.size < present.shape[1]:
+                        own = {name: namespace(a).take(a, like(kept, a), axis=1) for name, a in own.items()}
+                    prepared.append(self._rows[row].prepare(own, None if tags is None else tags[i][kept]))
+            for row, ready in zip(chosen, prepared, strict=True):
+                self._rows[row].accept(ready)
 
     def _encoded(self, keys: Any, values: Any) -> dict[str, Any]:
         """Keys and values as they are stored, checked before, and where the dtype may overflow, after."""
@@ -224,7 +230,8 @@ class KNNMemory(Retrieving, Savable):
         codec: Any = storage if self._place is HOST else device_row
         parts = {**codec.encode("keys", keys, self.dtype), **codec.encode("values", values, self.dtype)}
         if self.dtype in ("float16", "bfloat16"):
-            checks.finite(**{name: codec.decode(parts[name], None) for name in ("keys", "values")})
+            for name in ("keys", "values"):
+                checks.finite(**{name: codec.widened(parts[name])})
         return parts
 
     def explain(self) -> str:
@@ -266,24 +273,22 @@ class KNNMemory(Retrieving, Savable):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
+        with self._unchanged() as state:
+            return {name: array.copy() for name, array in state.items()}
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[dict[str, np.ndarray]]:
+        """The state as it lies in memory: who writes has to wait until the block ends."""
         with self._lock.reading:
             arrays = {"written": self.written}
             for i, row in enumerate(self._rows):
                 arrays |= {f"rows.{i}.{name}": a for name, a in row.saved().items()}
                 if isinstance(row, Row):
-                    arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
-        return pack("KNNMemory", {name: getattr(self, name) for name in CONFIG}, arrays)
+                    arrays |= {f"rows.{i}.index.{name}": a for name, a in row.index.state().items()}
+            yield pack(self._kind, {name: getattr(self, name) for name in CONFIG}, arrays)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
-
-        Raises
-        ------
-        ArgumentError
-            No state of a KNNMemory, or an altered one.
-        """
-        config, arrays = unpack("KNNMemory", state)
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         memory = rebuilt(cls, config, device=None, device_capacity=None)  # of which a state says nothing
         written = counts(arrays, "written", memory.rows)
         for i, row in enumerate(memory._rows):
@@ -291,9 +296,7 @@ class KNNMemory(Retrieving, Savable):
             row.written = int(written[i])
             for name, empty in row.arrays.items():
                 shape = (empty.shape[0], row.stored, *empty.shape[2:])
-                row.arrays[name] = required(arrays, f"rows.{i}.{name}", shape, empty.dtype)
-                if np.issubdtype(empty.dtype, np.floating):
-                    checks.finite(**{f"state['rows.{i}.{name}']": row.arrays[name]})
+                row.arrays[name] = required_finite(arrays, f"rows.{i}.{name}", shape, empty.dtype)
             learned = f"rows.{i}.index."
             row.index.restore({n.removeprefix(learned): a for n, a in arrays.items() if n.startswith(learned)})
         return memory

@@ -73,7 +73,7 @@ class Retrieving:
         """
         found = []
         chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading:
+        with self._lock.reading, self._place.watched():
             for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
                 scores, positions = row.search(numbers, k)
                 taken = row.gather(positions)
@@ -144,7 +144,7 @@ class Retrieving:
         scale = 1 / math.sqrt(self.dim) if scale is None else checks.number("scale", scale)
         found = []
         chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading:
+        with self._lock.reading, self._place.watched():
             for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
                 scores, positions = row.search(numbers, k)
                 output, lse = row.attend(numbers, positions, scale)

@@ -103,9 +103,18 @@ class Row:
             done, first = done + some, 0
         self.written += n
 
+    def prepare(self, parts: dict[str, np.ndarray], tags: np.ndarray | None) -> tuple[Any, ...]:
+        """All of a `write` that can fail; `accept` takes what it returns."""
+        self.reserve(parts["keys"].shape[1], tags is not None)
+        return parts, tags
+
+    def accept(self, prepared: tuple[Any, ...]) -> None:
+        """The write that was prepared."""
+        self.write(*prepared)
+
     def saved(self) -> dict[str, np.ndarray]:
-        """Copies of the arrays, (heads, stored, ...): all there is to a row but what it has written and its index."""
-        return {name: array[:, : self.stored].copy() for name, array in self.arrays.items()}
+        """The arrays, (heads, stored, ...): all there is to a row but what it has written and its index."""
+        return {name: array[:, : self.stored] for name, array in self.arrays.items()}
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""

@@ -50,6 +50,11 @@ def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:
         return array.astype(dtype, copy=False)
 
 
+def widened(raw: np.ndarray) -> np.ndarray:
+    """What halves of either kind stand for."""
+    return decode(raw, None)
+
+
 def decode(raw: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
     """The numbers that vectors `raw` (..., d) stand for, in the dtype they are computed with."""
     if raw.dtype == np.uint16:

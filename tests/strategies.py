@@ -76,6 +76,21 @@ def args_retrieve(draw):
 
 
 @st.composite
+def args_retrieve_stored(draw):
+    lead, q, n, d = draw(LEADS), draw(QUERIES), draw(SIZES), draw(WIDTHS)
+    dtype, rng = draw(st.sampled_from(("bfloat16", "float16", "int8"))), np.random.default_rng(draw(st.integers(0, 99)))
+    keys = draw(values((*lead, n, d))).astype(np.float32)
+    stored = {
+        "bfloat16": lambda: (keys.view(np.uint32) >> 16).astype(np.uint16).view(np.int16),
+        "float16": lambda: keys.astype(np.float16).view(np.int16),
+        "int8": lambda: rng.integers(-127, 128, keys.shape).astype(np.int8),
+    }[dtype]()
+    scales = rng.uniform(0, 2, keys.shape[:-1]).round(1) if dtype == "int8" else None
+    space, start = draw(st.sampled_from(("ip", "cosine", "l2"))), draw(st.integers(0, max(n - 1, 0)))
+    return draw(values((*lead, q, d))), stored, scales, dtype, draw(st.integers(1, n + 3)), space, start
+
+
+@st.composite
 def args_unit(draw):
     return (draw(values((*draw(LEADS), draw(QUERIES), draw(WIDTHS)))),)
 

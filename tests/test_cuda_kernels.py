@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import cuda_host
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from perdure.backends import KERNELS, cuda
 from perdure.backends.cuda.neighbours import found
+from perdure.core.stored import decode
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,7 @@ def ranked(scores, k):
 def test_ties_go_to_the_newest_whatever_the_tiles(kernels, space, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     n = data.draw(st.sampled_from((1, 63, 64, 65, 255, 256, 257, 600, 1030)))
-    q, d, k = (data.draw(st.sampled_from(s)) for s in ((1, 31, 33), (1, 31, 33), (1, 33, 63, 64)))
+    q, d, k = (data.draw(st.sampled_from(s)) for s in ((1, 31, 129), (1, 31, 64, 65, 129), (1, 33, 63, 64)))
     batch, start = data.draw(st.sampled_from((1, 2))), data.draw(st.integers(0, n - 1))
     queries, keys = whole(rng, batch, q, d), whole(rng, data.draw(st.sampled_from((1, batch))), n, d)
     aged = np.roll(keys, -start, axis=1)
@@ -96,10 +98,78 @@ def test_candidates_never_overflow(kernels, rng, order):
     np.testing.assert_array_equal(scores, ramp[expected])
 
 
-def test_zeros_of_both_signs_are_equal(kernels):
-    keys = np.array([[0.0], [-0.0], [0.0], [-0.0]], np.float32)
+@pytest.mark.parametrize("n", [4, 80])  # the second on tensor cores
+def test_zeros_of_both_signs_are_equal(kernels, n):
+    keys = np.where(np.arange(n) % 2, 0.0, -0.0).astype(np.float32)[:, None]
     _, positions = kernels.retrieve(np.ones((1, 1), np.float32), keys, 4, "ip", None, 0)
-    assert positions.tolist() == [[3, 2, 1, 0]]
+    assert positions.tolist() == [[n - 1, n - 2, n - 3, n - 4]]
+
+
+def chained(query, keys):
+    """Scores as retrieve.cu defines them: summed in float32, component by component."""
+    total = np.zeros(len(keys))
+    for c in range(keys.shape[1]):  # a product of float32 is exact in float64, and the sum is rounded once more to 32
+        total = (total + np.float64(query[c]) * keys[:, c]).astype(np.float32).astype(np.float64)
+    return total
+
+
+ALIKE = ("near", "one direction", "long one", "vast", "spread", "faint")
+
+
+def alike(kind, rng, n, d):
+    """Keys that bfloat16 tells apart hardly, or not at all; and norms that leave the range that bounds are made in."""
+    keys = rng.standard_normal((n, d))
+    match kind:
+        case "near":
+            keys = keys[:1] * (1 + 1e-5 * keys)
+        case "one direction":
+            keys = keys + 50
+        case "long one":
+            keys[rng.integers(n)] *= 1e6
+        case "vast":
+            keys *= 1e16
+        case "spread":
+            keys *= 10.0 ** rng.integers(-25, 16, (n, 1))
+        case "faint":
+            keys *= 1e-30
+    return keys.astype(np.float32)
+
+
+@pytest.mark.parametrize("d", [33, 100])
+@pytest.mark.parametrize("kind", ALIKE)
+def test_the_result_is_exact_where_rounding_tells_little_apart(kernels, kind, d):
+    rng = np.random.default_rng(d)
+    queries, keys = rng.standard_normal((3, d)).astype(np.float32), alike(kind, rng, 700, d)
+    queries = queries * np.float32({"vast": 1e16, "spread": 1e-12}.get(kind, 1))
+    truth = np.stack([chained(query, keys) for query in queries])
+    scores, positions = kernels.retrieve(queries, keys, 40, "ip", None, 0)
+    np.testing.assert_array_equal(positions, ranked(truth, 40))
+    np.testing.assert_array_equal(scores, np.take_along_axis(truth, positions, -1))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_keys_are_searched_as_they_are_stored(kernels, rng, dtype):
+    queries, scales = rng.standard_normal((2, 5, 36)).astype(np.float32), None
+    bits = rng.integers(0x3000, 0x3C00, (2, 700, 36)).astype(np.uint16)
+    keys = (bits | rng.integers(0, 2, bits.shape).astype(np.uint16) << 15).view(np.int16)
+    if dtype == "int8":
+        keys, scales = keys.astype(np.int8), rng.random((2, 700)).astype(np.float32)
+    scores, positions = kernels.retrieve_stored(queries, keys, scales, dtype, 32, "ip", 5)
+    numbers = np.roll(decode(keys, scales, dtype), -5, axis=1)
+    truth = np.stack([[chained(q, own) for q in some] for some, own in zip(queries, numbers, strict=True)])
+    np.testing.assert_array_equal(positions, ranked(truth, 32))
+    np.testing.assert_array_equal(scores, np.take_along_axis(truth, positions, -1))
+
+
+def test_what_is_not_finite_is_a_candidate_like_any_other(kernels, rng):
+    queries, keys = whole(rng, 2, 40), whole(rng, 300, 40)
+    keys[[3, 70, 299]] = [[np.nan], [np.inf], [-np.inf]]
+    queries[:, 0] = 1  # so that no infinity meets a zero alone
+    with np.errstate(invalid="ignore"):
+        truth = queries @ keys.T
+    _, positions = kernels.retrieve(queries, keys, 20, "ip", None, 0)
+    finite = np.where(np.isfinite(truth), truth, -np.inf)
+    np.testing.assert_array_equal(positions, ranked(finite, 20))
 
 
 def test_equal_keys_score_equally_wherever_they_stand(kernels, rng):
@@ -204,9 +274,10 @@ def altered(file, old, new):
     return cuda_host.compile_text("altered", text.replace(old, new, 1))
 
 
-def exact(built, monkeypatch, rng):
+def exact(built, monkeypatch, rng, d=140):
+    """Whether top-k, of more components than tensor cores are asked for, is right."""
     monkeypatch.setattr(cuda_host, "library", lambda file: built)
-    queries, keys = whole(rng, 33, 40), whole(rng, 300, 40)
+    queries, keys = whole(rng, 33, d), whole(rng, 300, d)
     _, positions = cuda.retrieve(queries, keys, 20, "ip", None, 0)
     return (positions == ranked(queries @ keys.T, 20)).all()
 
@@ -219,6 +290,40 @@ def test_a_missing_barrier_shows(monkeypatch, rng, barrier):
     assert exact(altered("retrieve.cu", barrier, barrier), monkeypatch, rng)
     without = altered("retrieve.cu", barrier, barrier.replace("__syncthreads();", ""))
     assert not exact(without, monkeypatch, rng)
+
+
+CERTIFY = "certify_float32.cu"
+
+
+def certified_exactly(built, monkeypatch, kind):
+    """Whether top-k behind a first pass is right, where many candidates have to be told apart in full, or few."""
+    monkeypatch.setattr(cuda_host, "library", lambda file: built)
+    rng = np.random.default_rng(0)
+    queries, keys = rng.standard_normal((5, 40)).astype(np.float32), alike(kind, rng, 1030, 40)
+    truth = np.stack([chained(query, keys) for query in queries])
+    return (cuda.retrieve(queries, keys, 60, "ip", None, 0)[1] == ranked(truth, 60)).all()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[w + 4 * i + pair]", "[w + 4 * (1 - i) + pair]"),  # components of keys in another order than of queries
+        ("2 * pair + i;", "2 * i + pair % 2;"),  # sums taken for others'
+        ("__syncthreads();  // the tile is there, and", "//"),
+        ("__syncthreads();  // the tile has been used, and", "//"),
+        ("keep(list, own, last, lane)", "keep(list, own, 0, lane) / 2"),
+        ("least = max(least, (unsigned)(settle(list, kept, k, lane) >> 32));", ""),
+        ("return wide < WIDEST ? wide : -NOTHING", "return 1e-3f * wide"),  # too narrow a band
+    ],
+)
+def test_an_altered_first_pass_shows(monkeypatch, old, new):
+    built = altered(CERTIFY, old, new)
+    with suppress(RuntimeError):  # threads that wait forever show it, too
+        assert not all(certified_exactly(built, monkeypatch, kind) for kind in ("near", "random"))
+
+
+def test_an_unaltered_one_does_not(monkeypatch):
+    assert all(certified_exactly(altered(CERTIFY, "", ""), monkeypatch, kind) for kind in ("near", "random"))
 
 
 def test_a_barrier_that_some_threads_skip_is_an_error(monkeypatch, rng):

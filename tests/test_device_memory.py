@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from perdure.backends import devices
+from perdure.backends import devices, parcels
 from perdure.backends.devices import memory_of
 from perdure.bindings.torch import MemorizingAttention, ops
+from perdure.memory import device_row, knn, overflow
 
 import perdure
 
@@ -138,6 +139,8 @@ def test_the_device_is_not_left(monkeypatch, rng):
     there.write(keys, values)
     read, near = there.read(keys, 5), there.search(keys, 5)
     there.clear([0])
+    _, small = pair(device, 20)
+    small.write(keys, values)  # what leaves the ring is on its way, and waits
     assert {a.device for a in (read.output, read.lse, near.positions, near.scores, near.values)} == {device}
     with pytest.raises(AssertionError, match="copied"):
         there.state_dict()
@@ -213,6 +216,80 @@ def test_out_of_memory_leaves_the_memory_as_it_was(monkeypatch, rng, ring):
     assert_same_state(perdure.KNNMemory.from_state_dict(before), there)
     there.write(keys, values)
     assert there.tokens.tolist() == [40, 40]
+
+
+class Failing:
+    """A namespace whose n-th allocation finds the device full."""
+
+    def __init__(self, xp, n):
+        self.xp, self.left = xp, n
+
+    def __getattr__(self, name):
+        found = getattr(self.xp, name)
+        if name not in ("empty", "full", "asarray", "zeros", "take", "stack"):
+            return found
+
+        def allocating(*args, **kwargs):
+            self.left -= 1
+            if self.left < 0:
+                raise MemoryError("tried to allocate 2.00 GiB")
+            return found(*args, **kwargs)
+
+        return allocating
+
+
+@pytest.mark.parametrize("ring", [None, 12])
+def test_whichever_allocation_fails_nothing_has_changed(monkeypatch, rng, ring):
+    """Growing, tagged and masked, with tokens that leave the ring, in the first row or the second."""
+    failures, n = 0, 0
+    while n == failures:
+        _, there = pair(DEVICES["strict"], ring)
+        keys, values = (array_api_strict.asarray(a, device=DEVICES["strict"]) for a in tokens(rng, 30))
+        there.write(keys[:, :, :10, :], values[:, :, :10, :])
+        before = there.state_dict()
+        failing = Failing(there._place.xp, n)
+        with monkeypatch.context() as patch:
+            for module in (device_row, knn, parcels):
+                patch.setattr(module, "namespace", lambda array, failing=failing: failing)
+            for place in {id(o): o for o in (there._place, *(row.place for row in there._rows))}.values():
+                object.__setattr__(place, "xp", failing)
+            try:
+                there.write(keys, values, mask=np.arange(60).reshape(2, 30) % 3 > 0, tags=7)
+            except perdure.DeviceMemoryError:
+                failures += 1
+            finally:
+                object.__setattr__(there._place, "xp", failing.xp)
+        if failures > n:
+            assert_same_state(perdure.KNNMemory.from_state_dict(before), there)
+        n += 1
+    assert failures > 8
+    assert there.tokens.tolist() == [30, 30]
+
+
+@each_device
+def test_what_leaves_the_ring_is_copied_before_it_is_written_over(device, rng):
+    """Nobody looks at main memory until the end, and more is on its way than may be at once."""
+    host, there = pair(device, 9)
+    for _ in range(25):
+        keys, values = tokens(rng, 5)
+        for memory in (host, there):
+            memory.write(keys, values)
+    assert len(there._rows[0].older._waiting) == overflow.MOST_WAITING
+    copied = copy.deepcopy(there)
+    assert_same_reading(host, there, rng.standard_normal((2, 2, 3, 3)), 60)
+    assert there._rows[0].older._waiting == []
+    assert_same_state(host, copied)
+
+
+@each_device
+def test_a_parcel_is_what_was_sent(device, rng):
+    place = devices.place_of(device)
+    for numbers in (rng.standard_normal((2, 3)), rng.integers(-9, 9, (2, 3)).astype(np.int8)):
+        sent = place.xp.asarray(numbers.copy(), device=place.device)
+        parcel = parcels.send(sent[:, 1:])
+        sent[:, 1:] = place.xp.zeros_like(sent[:, 1:])
+        assert parcel.take().dtype == numbers.dtype
+        np.testing.assert_array_equal(parcel.take(), numbers[:, 1:])
 
 
 def test_other_errors_are_not_taken_for_a_full_device():

@@ -70,7 +70,7 @@ PUBLIC = [
 ]
 
 
-def files(folder: Path, suffixes: tuple[str, ...] = (".py", ".typed", ".cu")) -> dict[str, bytes]:
+def files(folder: Path, suffixes: tuple[str, ...] = (".py", ".typed", ".cu", ".cuh")) -> dict[str, bytes]:
     """Contents of the files in `folder` by relative name; links are followed."""
     found = {}
     for place, folders, names in os.walk(folder, followlinks=True):

@@ -1,12 +1,13 @@
 """CUDA C++ on NVIDIA GPUs, compiled by NVRTC at the first use: twins of kernels in core/ that CuPy and PyTorch share.
 
-Each `.cu` file is one concept, and includes nothing; beside it stand the functions that check what it can take and
-start it. They take the arrays of any framework that `launch` knows how to address, without copying them.
+Each `.cu` file is one concept, and includes no file but the `.cuh` ones here; beside it stand the functions that check
+what it can take and start it. They take the arrays of any framework that `launch` knows how to address, without copying
+them.
 """
 
 from .density import expected, histogram
 from .neighbours import attention, attention_backward
-from .retrieval import retrieve, unit
+from .retrieval import retrieve, retrieve_stored, unit
 from .texts import fingerprint, source, sources
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "fingerprint",
     "histogram",
     "retrieve",
+    "retrieve_stored",
     "source",
     "sources",
     "unit",

@@ -119,3 +119,18 @@ def strides(array: Any) -> list[int]:
 def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """A new array beside `like`; nothing is written to it."""
     return namespace(like).empty(shape, dtype=dtype, device=like.device)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """A new array of zeros beside `like`."""
+    return namespace(like).zeros(shape, dtype=dtype, device=like.device)
+
+
+def mask_bytes(mask: Any, lead: Sequence[int]) -> tuple[Any, np.ndarray]:
+    """A mask, one byte a pair, with the bytes from one batch, query and key to the next; axes of 1 stay so."""
+    if mask is None:
+        return None, np.zeros(3, np.int64)
+    mask = mask if mask.ndim >= 2 else mask[None, :]
+    rows, columns = mask.shape[-2:]
+    mask, batch = shared_or_flat(mask, lead)
+    return mask, np.array([batch, 0 if rows == 1 else columns, 0 if columns == 1 else 1], np.int64)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import density, neighbours, retrieval
+from . import certified, density, neighbours, retrieval
 from .launch import leading
 
 
@@ -27,6 +27,19 @@ def _(queries, keys, k, space, mask, start):
     shape = (*torch.broadcast_shapes(queries.shape[:-2], keys.shape[:-2]), queries.shape[-2], k)
     if mask is not None:
         shape = (*torch.broadcast_shapes(shape[:-2], mask.shape[:-2]), *shape[-2:])
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("perdure::retrieve_stored", mutates_args=())
+def retrieve_stored(
+    queries: torch.Tensor, stored: torch.Tensor, scales: torch.Tensor | None, dtype: str, k: int, start: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return certified.certified(queries, stored, scales, k, None, start, dtype)
+
+
+@retrieve_stored.register_fake
+def _(queries, stored, scales, dtype, k, start):
+    shape = (*torch.broadcast_shapes(queries.shape[:-2], stored.shape[:-2]), queries.shape[-2], k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
 

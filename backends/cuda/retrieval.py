@@ -1,4 +1,7 @@
-"""Exact top-k, and vectors of norm 1: what `retrieve.cu` and `unit.cu` can take, and how they are started."""
+"""Exact top-k, and vectors of norm 1: what `retrieve.cu` and `unit.cu` can take, and how they are started.
+
+Inner products of vectors that fit go through `certified` instead, with the same result.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..arrays import name_of, namespace
-from .launch import MOST_BLOCKS, contiguous, empty, flat, launch, leading, shared_or_flat
+from . import certified
+from .certified import leading_of
+from .launch import MOST_BLOCKS, contiguous, empty, flat, launch, mask_bytes, shared_or_flat
 
 QUERIES, THREADS, MOST = 32, 128, 64  # as in retrieve.cu
 WARPS = 4  # a block of unit.cu and of merge_runs
@@ -20,15 +25,15 @@ def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int)
     if not retrieve_fits(queries, keys, k, mask):
         return NotImplemented
     (q, d), n = queries.shape[-2:], keys.shape[-2]
-    lead = _leading(queries, keys, mask)
+    lead = leading_of(queries, keys, mask)
     batch = math.prod(lead)
     if space == "cosine":
         queries, keys = unit(queries), unit(keys)
+    if space != "l2" and certified.fits(queries, keys, k, mask, "float32"):
+        return certified.certified(queries, keys, None, k, mask, start, "float32")
     xp = namespace(queries)
     queries, (keys, key_batch) = flat(queries, lead), shared_or_flat(keys, lead)
-    strides = np.zeros(3, np.int64)  # of the mask: batch, query, key
-    if mask is not None:
-        mask, strides = _bytes(mask, lead)
+    mask, strides = mask_bytes(mask, lead)
     tiles = -(-q // QUERIES)
     runs = max(min(-(-BLOCKS // (tiles * batch)), n // SHORTEST), 1)
     length = -(-n // runs)
@@ -51,22 +56,15 @@ def retrieve(queries: Any, keys: Any, k: int, space: str, mask: Any, start: int)
 
 
 def retrieve_fits(queries: Any, keys: Any, k: int, mask: Any) -> bool:
-    lead, n = _leading(queries, keys, mask), keys.shape[-2]
+    lead, n = leading_of(queries, keys, mask), keys.shape[-2]
     plain = name_of(queries.dtype) == name_of(keys.dtype) == "float32" and 0 not in (*lead, *queries.shape[-2:], n)
     return plain and k <= MOST and n <= LONGEST and math.prod(lead) <= MOST_BLOCKS
 
 
-def _leading(queries: Any, keys: Any, mask: Any) -> tuple[int, ...]:
-    lead = leading(queries, keys)
-    return lead if mask is None else np.broadcast_shapes(lead, tuple(mask.shape[:-2]))
-
-
-def _bytes(mask: Any, lead: tuple[int, ...]) -> tuple[Any, np.ndarray]:
-    """The mask, one byte a pair, with the bytes from one batch, query and key to the next; axes of 1 stay so."""
-    mask = mask if mask.ndim >= 2 else mask[None, :]
-    rows, columns = mask.shape[-2:]
-    mask, batch = shared_or_flat(mask, lead)
-    return mask, np.array([batch, 0 if rows == 1 else columns, 0 if columns == 1 else 1], np.int64)
+def retrieve_stored(queries: Any, stored: Any, scales: Any, dtype: str, k: int, space: str, start: int) -> Any:
+    if space != "ip" or not certified.fits(queries, stored, k, None, dtype):
+        return NotImplemented
+    return certified.certified(queries, stored, scales, k, None, start, dtype)
 
 
 def unit(vectors: Any) -> Any:

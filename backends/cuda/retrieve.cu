@@ -9,46 +9,10 @@
 //
 // Each score is summed in the order of the components, whatever the shape of the call: equal keys score equally.
 
-typedef unsigned long long Candidate;  // compares as (score, position): the larger the better, 0 is none
+#include "candidates.cuh"
 
-constexpr int QUERIES = 32, KEYS = 64, DEPTH = 32, THREADS = 128, WARP = 32;
-constexpr int MOST = 64;           // the largest k
-constexpr int ROOM = MOST + KEYS;  // candidates of a query: those kept, and a tile's worth of new ones
-#define NOTHING __uint_as_float(0xff800000u)  // -infinity, the score of no key
-
-// The bits of a float, so that unsigned numbers compare as the floats do. +0 makes one zero of two.
-__device__ Candidate candidate(float score, int position) {
-    unsigned bits = __float_as_uint(score + 0.0f);
-    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (Candidate)bits << 32 | (unsigned)position;
-}
-
-__device__ float score_of(Candidate c) {
-    unsigned bits = (unsigned)(c >> 32);
-    return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
-}
-
-// Sorts ROOM candidates, best first, by the lanes of one warp: a bitonic network, ROOM / 2 exchanges a step.
-__device__ void sort(Candidate* candidates, int lane) {
-    for (int size = 2; size <= ROOM; size *= 2)
-        for (int stride = size / 2; stride > 0; stride /= 2) {
-            for (int pair = lane; pair < ROOM / 2; pair += WARP) {
-                int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
-                bool rising = (low & size) != 0;
-                Candidate a = candidates[low], b = candidates[high];
-                if ((a < b) != rising) candidates[low] = b, candidates[high] = a;
-            }
-            __syncwarp();
-        }
-}
-
-// Keeps the best k of one query's candidates; returns the threshold that new ones have to beat.
-__device__ Candidate settle(Candidate* candidates, int count, int k, int lane) {
-    for (int i = count + lane; i < ROOM; i += WARP) candidates[i] = 0;
-    __syncwarp();
-    sort(candidates, lane);
-    return candidates[k - 1];
-}
+constexpr int QUERIES = 32, KEYS = FRESH, DEPTH = 32, THREADS = 128;
+constexpr int ROOM = LIST;  // candidates of a query: those kept, and a tile's worth of new ones
 
 // One more component of a score: of the product q·k, or of -|q-k|², which cancels nothing.
 template <bool squared>
@@ -152,8 +116,5 @@ merge_runs(const Candidate* found, float* scores, long long* positions, long lon
         settle(best, kept + taken, k, lane);
         kept = k;
     }
-    for (int i = lane; i < k; i += WARP) {
-        scores[query * k + i] = best[i] ? score_of(best[i]) : NOTHING;
-        positions[query * k + i] = best[i] ? (long long)(best[i] & 0xffffffffu) : -1;
-    }
+    write_out(best, scores + query * k, positions + query * k, k, lane);
 }

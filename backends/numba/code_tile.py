@@ -91,7 +91,7 @@ class CodeTile(Tile):
     """Writes the code of one tile; its loop runs over words."""
 
     def __init__(self, context: Any, builder: ir.IRBuilder, signature: Any, args: Any, shape: tuple[int, int]):
-        self.arrays = [
+        self.arrays: list[Any] = [
             context.make_array(kind)(context, builder, arg) if isinstance(kind, types.Array) else None
             for kind, arg in zip(signature.args, args, strict=True)
         ]
@@ -224,6 +224,7 @@ class Highest(CodeTile):
         self.group, self.maxima = index(0), self.arrays[9]
 
     def compared(self) -> tuple[Sums, Any]:
+        """The sums, whose lower ends went into the maxima, and that there is nothing to stop for."""
         b, vectors, sums = self.builder, self.vectors, self.measured()
         apart = b.sdiv(b.extract_value(self.maxima.strides, 0), index(4))
         for j in range(self.queries):

@@ -22,7 +22,7 @@ from .unit import unit
 
 ROOM = 2048  # for candidates: scoring more of them in full costs as much as scoring all keys
 TIRED = 256  # searches for which panels take over, after one that the codes could not help
-SAMPLED = {ONE[1]: 32, FEW[1]: 16, MANY[1]: 8}  # by queries of a tile: one tile in so many is looked at beforehand
+SAMPLED = {ONE[1]: 32, FEW[1]: 16, MANY[1]: 12}  # by queries of a tile: one tile in so many is looked at beforehand
 
 FEWEST = 1 << 15  # capacity from which codes pay: candidates of fewer keys are too large a share of them
 
@@ -144,7 +144,9 @@ class Codes:
         return scores, ages, helpless.size
 
 
-def sampled(coded: tuple[np.ndarray, ...], stored: int, asked: tuple[np.ndarray, ...], k: int, bounds: np.ndarray):
+def sampled(
+    coded: tuple[np.ndarray, ...], stored: int, asked: tuple[np.ndarray, ...], k: int, bounds: np.ndarray
+) -> None:
     """Raise the bounds (q,) that are not infinite to what k keys are sure to exceed, as Search.sample does."""
     queries = asked[0].shape[2] // PACKED
     span, step = panels_a_tile(queries) * coded[1].shape[1], SAMPLED[queries]

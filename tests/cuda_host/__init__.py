@@ -20,12 +20,27 @@ from pathlib import Path
 import numpy as np
 import perdure.backends.cuda.launch as cuda_launch
 from perdure.backends import registry
-from perdure.backends.cuda import attention, expected, histogram, retrieve, source, unit
+from perdure.backends.cuda import attention, expected, histogram, retrieve, retrieve_stored, source, unit
 from perdure.backends.errors import BackendError
 
-__all__ = ["attention", "expected", "histogram", "retrieve", "unit"]  # as a backend: the twins, over `start` below
+__all__ = [
+    "attention",
+    "expected",
+    "histogram",
+    "retrieve",
+    "retrieve_stored",
+    "unit",
+]  # as a backend: the twins, over `start` below
 HERE = Path(__file__).parent
-OPTIONS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-w", *os.environ.get("CUDA_HOST_FLAGS", "").split())
+OPTIONS = (
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-shared",
+    "-w",
+    "-U_FORTIFY_SOURCE",
+    *os.environ.get("CUDA_HOST_FLAGS", "").split(),
+)
 ENTRY = """
 extern "C" int launch_{0}(const unsigned* blocks, unsigned threads, unsigned seed, void** given)
 {{ return host::launch({0}, blocks, threads, seed, given); }}
@@ -47,10 +62,12 @@ def compiler() -> str | None:
 
 
 def kernels_of(text: str) -> list[str]:
-    """Names of the kernels a file defines, by itself or through its macro for several types."""
-    names = re.findall(r'extern "C" __global__ void __launch_bounds__\(.*\)[\s\\]*(\w+?)(?:##suffix)?\(', text)
-    suffixes = re.findall(r"^[A-Z]+\(\w+, (\w+)\)$", text, re.M)
-    return [name + suffix for name in names for suffix in suffixes] if suffixes else names
+    """Names of the kernels a file defines, by itself or through its macros for several types."""
+    names = re.findall(r'extern "C" __global__ void __launch_bounds__\(.*\)[\s\\]*([\w#]+?)\(', text)
+    depths = re.findall(r"^ *[A-Z_]+\((\d+), Stored, suffix\)", text, re.M)
+    names = [n.replace("##DEPTH##", depth) for n in names for depth in (depths if "##DEPTH##" in n else [""])]
+    suffixes = re.findall(r"^[A-Z]+\(\w+, (\w+)\)$", text, re.M) or [""]
+    return [name.replace("##suffix", suffix) for name in names for suffix in suffixes]
 
 
 @functools.cache

@@ -14,11 +14,19 @@ import cuda_host
 
 
 def retrievals(rng):
-    for q, n, d, k in ((1, 1, 1, 1), (33, 65, 33, 64), (5, 300, 31, 20), (32, 64, 32, 3)):
+    for q, n, d, k in ((1, 1, 1, 1), (33, 65, 33, 64), (5, 300, 131, 20), (3, 600, 65, 3)):
         queries, keys = (rng.standard_normal((2, rows, d), np.float32) for rows in (q, n))
         for space in ("ip", "l2", "cosine"):
             for mask in (None, rng.random((2, q, n)) < 0.5):
                 cuda.retrieve(queries, keys, k, space, mask, n // 2)
+
+
+def stored(rng):
+    for dtype in ("bfloat16", "float16", "int8"):
+        for q, n, d, k in ((129, 64, 1, 1), (3, 129, 127, 33)):
+            queries, scales = rng.standard_normal((2, q, d), np.float32), rng.random((2, n), np.float32)
+            keys = rng.integers(-100, 100, (2, n, d)).astype(np.int8 if dtype == "int8" else np.int16)
+            cuda.retrieve_stored(queries, keys, scales if dtype == "int8" else None, dtype, k, "ip", n // 2)
 
 
 def attentions(rng, dtype):
@@ -51,9 +59,10 @@ def main(*fault: str) -> None:
     with cuda_host.registered():
         if fault:
             queries, keys = (rng.standard_normal((n, 33), np.float32) for n in (33, 300))
-            cuda.retrieve(queries, keys, 3, "ip", None, 0)
+            cuda.retrieve(queries, keys, 3, "l2", None, 0)
             return
         retrievals(rng)
+        stored(rng)
         for dtype in (np.float32, np.float64):
             attentions(rng, dtype)
             densities(rng, dtype)
