@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from numba import config, njit
 from perdure.backends.numba import code_tile, coded, machine, panels, shortlist, threads, tile
 from perdure.backends.numba import codes as codes_module
-from perdure.backends.numba.search import SAMPLED
 
 import perdure
 
@@ -104,31 +103,33 @@ def test_the_compiled_tile_of_codes_is_the_plain_one(rng, shape):
     run = njit(lambda c, s, e, z, p, a, t, r, m, g, b, low, high, hits: compiled(
         c, s, e, z, p, a, t, r, m, g, b, low, high, hits
     ))  # fmt: skip
-    wide, (many, size), words = tile.lanes(np.float32), shape, 6
-    codes = rng.integers(1, 2 * codes_module.OFFSET, (many + 1, words, wide * 4)).astype(np.uint8)
-    numbers = [rng.random((many + 1, wide)).astype(np.float32) for _ in range(3)]
-    levels = codes_module.QUERY_LEVELS
-    asked = rng.integers(-levels, levels + 1, (2, words, size * 4)).astype(np.int8)
-    codes[1, :, :4], asked[1, :, :4] = 2 * codes_module.OFFSET - 1, levels  # the largest sums there can be
-    sums = rng.integers(-999, 999, 2 * size).astype(np.int32)
-    reach, slip = (rng.random(2 * size).astype(np.float32) for _ in range(2))
+    highest, plain_highest = code_tile.make_highest(*shape), code_tile.plain_highest(*shape)
+    raised = njit(lambda c, s, e, z, p, a, t, r, m, maxima: highest(c, s, e, z, p, a, t, r, m, maxima))
+    wide, (many, size), d = tile.lanes(np.float32), shape, 200  # of which a few chunks are made
+    slots = (many + 1) * wide
+    keys, queries = rng.standard_normal((slots, d)).astype("f"), rng.standard_normal((2 * size, d)).astype("f")
+    keys[wide], queries[size] = 1, 1  # the largest sums there can be
+    key_codes = coded.empty_codes(slots, d)
+    codes_module.encode_keys(keys, np.arange(slots), np.zeros(d), *key_codes)
+    with mock.patch.multiple(coded, ONE=shape, FEW=shape, MANY=shape):
+        asked, _ = coded.encoded(queries)
     for bound in (-np.inf, 1e4, np.inf):
         outcomes = []
         for function in (run, plain):
-            low, high, hits = (
-                np.zeros(size * many * wide, "f"),
-                np.zeros(size * many * wide, "f"),
-                np.zeros(size, np.int64),
-            )
-            bounds = np.full(2 * size, bound, np.float32)
-            reached = function(codes, *numbers, 1, asked, sums, reach, slip, 1, bounds, low, high, hits)
-            outcomes.append((reached, low, high, hits))
+            low, high = np.zeros((2, size * many * wide), np.float32)
+            hits, bounds = np.zeros(size, np.int64), np.full(2 * size, bound, np.float32)
+            outcomes.append((function(*key_codes, 1, *asked, 1, bounds, low, high, hits), low, high, hits))
         (reached, low, high, hits), (plain_reached, plain_low, plain_high, plain_hits) = outcomes
         assert reached == plain_reached
         if reached == 1:
             np.testing.assert_array_equal(hits, plain_hits)
-            np.testing.assert_allclose(low, plain_low, rtol=1e-5)
-            np.testing.assert_allclose(high, plain_high, rtol=1e-5)
+            np.testing.assert_allclose(low, plain_low, rtol=1e-5, atol=0.01)
+            np.testing.assert_allclose(high, plain_high, rtol=1e-5, atol=0.01)
+    maxima, plain_maxima = rng.normal(0, 1e4, (2, 2 * size, 3 * many * wide)).astype("f")
+    plain_maxima[:] = maxima
+    for function, array in ((raised, maxima), (plain_highest, plain_maxima)):
+        function(*key_codes, 1, *asked, array[:, many * wide : 2 * many * wide])
+    np.testing.assert_allclose(maxima, plain_maxima, rtol=1e-5, atol=0.01)
 
 
 @given(st.data())
@@ -153,7 +154,7 @@ def test_codes_bound_every_score(data):
             for j in range(size):
                 i, slots = group * size + j, slice(panel * wide, min((panel + 1) * wide, len(keys)))
                 if i < len(queries) and bounds[i] < np.inf:
-                    step = np.abs(queries[i]).max() / np.float64(codes_module.QUERY_LEVELS)
+                    step = codes_module.coarseness(queries[i].astype(np.float64), codes_module.QUERY_LEVELS)
                     count = slots.stop - slots.start
                     assert (low[j * wide :][:count] * step <= exact[i, slots]).all()
                     assert (high[j * wide :][:count] * step >= exact[i, slots]).all()
@@ -214,7 +215,7 @@ def test_a_memory_finds_what_its_stream_holds(fewest, data):
 
 def finds_what_its_stream_holds(data):
     d, k = data.draw(st.sampled_from((1, 4, 17))), data.draw(st.sampled_from((1, 4, 40)))
-    large = 70 if config.DISABLE_JIT else SAMPLED * tile.lanes(np.float32) * tile.ONE[0]
+    large = 70 if config.DISABLE_JIT else max(coded.SAMPLED.values()) * tile.lanes(np.float32) * tile.ONE[0]
     capacity = data.draw(st.sampled_from((1, 50, 64, large, large + 37)))
     space = data.draw(st.sampled_from(("ip", "l2")))
     memory = perdure.KNNMemory(1, 1, d, capacity, space=space)
@@ -344,7 +345,7 @@ run = njit(lambda c, s, e, z, p, a, t, r, m, g, b, low, high, hits: inner(
 ))
 f4, i8, array = types.float32, types.int64, lambda kind, axes: types.Array(kind, axes, "C")
 three, one = [array(f4, 2)] * 3, array(f4, 1)
-asked = (array(types.int8, 3), array(types.int32, 1), one, one)
+asked = (array(types.int8, 3), array(types.int32, 2), one, one)
 run.compile((array(types.uint8, 3), *three, i8, *asked, i8, one, one, one, array(i8, 1)))
 assembly = "".join(run.inspect_asm().values())
 panels, queries = code_tile.MANY

@@ -10,42 +10,52 @@ from __future__ import annotations
 import numpy as np
 from numba import config, njit
 
-from .code_tile import FEW, MANY, ONE, make_code_tile
+from .code_tile import FEW, MANY, ONE, make_code_tile, make_highest
 from .eight import TOGETHER, chains
 from .heap import offer
-from .scan import below
+from .scan import below, kth_largest
 from .tile import highest_bit, panel_counts
 from .unit import normalise
 from .vectors import compiled_prefetch, plain_prefetch
 
 one, few, many = (make_code_tile(*shape) for shape in (ONE, FEW, MANY))
+highest_one, highest_few, highest_many = (make_highest(*shape) for shape in (ONE, FEW, MANY))
 panels_a_tile = panel_counts(ONE, FEW, MANY)
 prefetch = plain_prefetch if config.DISABLE_JIT else compiled_prefetch
 AHEAD = 4 * TOGETHER  # candidates whose keys are on their way while others are scored
 HELPLESS = -1  # the count of a query with more candidates than there is room for
+PATIENCE = 64  # candidates at least between one look at a query's bound and the next
+
+
+def no_candidates(q: int, k: int, room: int) -> tuple[np.ndarray, ...]:
+    """Room for the candidates of q queries: their places, lower and upper ends (q, room), how many there are, and at
+
+    how many the bound is looked at again (q,).
+    """
+    ends = np.empty((2, q, room), np.float32)
+    return np.empty((q, room), np.int64), *ends, np.zeros(q, np.int64), np.full(q, min(max(k, PATIENCE), room))
 
 
 @njit(inline="always")
 def ends(keys, panel, asked, group, bounds, low, high, hits):
     """Run the tile that fits the groups' size; `keys` and `asked` are the tile's arguments of those kinds."""
     codes, scale, error, size = keys
-    words, sums, reach, slip = asked
+    words, starts, reach, ratio = asked
     queries = words.shape[2] // 4
     if queries == ONE[1]:
-        return one(codes, scale, error, size, panel, words, sums, reach, slip, group, bounds, low, high, hits)
+        return one(codes, scale, error, size, panel, words, starts, reach, ratio, group, bounds, low, high, hits)
     if queries == FEW[1]:
-        return few(codes, scale, error, size, panel, words, sums, reach, slip, group, bounds, low, high, hits)
-    return many(codes, scale, error, size, panel, words, sums, reach, slip, group, bounds, low, high, hits)
+        return few(codes, scale, error, size, panel, words, starts, reach, ratio, group, bounds, low, high, hits)
+    return many(codes, scale, error, size, panel, words, starts, reach, ratio, group, bounds, low, high, hits)
 
 
 @njit(cache=True, nogil=True)
-def narrow(keys, first_slot, last_slot, shift, asked, bounds, lows, nowhere, places, highs, counts):
+def narrow(keys, first_slot, last_slot, shift, asked, k, bounds, candidates):
     """Collect the candidates in slots first_slot <= s < last_slot, at positions s + shift, the newest first.
 
-    `lows` (q, k) are heaps of the largest lower ends, `places` and `highs` (q, room) the candidates, `counts` (q,) how
-    many there are. A query is given up, its count HELPLESS, when its room is full of keys that the bounds cannot tell
-    apart.
+    A query is given up, its count HELPLESS, when its room is full of keys that the bounds cannot tell apart.
     """
+    places, lows, highs, counts, marks = candidates  # once: to take them out of the tuple costs as much as a candidate
     queries = asked[0].shape[2] // 4
     wide = panels_a_tile(queries)
     span = wide * keys[1].shape[1]
@@ -66,58 +76,60 @@ def narrow(keys, first_slot, last_slot, shift, asked, bounds, lows, nowhere, pla
                     word &= below(lane)
                     at = j * span + lane
                     if high[at] > bounds[i]:
-                        keep(i, first + lane + shift, low[at], high[at], lows, nowhere, places, highs, counts)
-                        if counts[i] == HELPLESS:
-                            bounds[i] = np.inf
-                            break
-                        bounds[i] = lows[i, 0]
+                        if counts[i] == marks[i]:
+                            tighten(i, k, bounds, candidates)
+                        if counts[i] != HELPLESS:
+                            keep(i, first + lane + shift, low[at], high[at], places, lows, highs, counts)
 
 
 @njit(inline="always")
-def keep(i, place, low, high, lows, nowhere, places, highs, counts):
-    """Take in a candidate of query i; or give the query up, its count HELPLESS, if there is no room."""
-    full = counts[i] == places.shape[1]
-    if full:
-        prune(i, lows[:, 0], places, highs, counts)
-    if full and counts[i] > 3 * places.shape[1] // 4:
-        counts[i] = HELPLESS
-    else:
-        places[i, counts[i]], highs[i, counts[i]] = place, high
-        counts[i] += 1
-        if low > lows[i, 0]:
-            offer(low, 0, lows[i], nowhere[i])
+def keep(i, place, low, high, places, lows, highs, counts):
+    """Take in a candidate of query i."""
+    places[i, counts[i]], lows[i, counts[i]], highs[i, counts[i]] = place, low, high
+    counts[i] += 1
 
 
 @njit(cache=True, nogil=True)
-def prune(i, bounds, places, highs, counts):
-    """Drop the candidates of query i that fell below the bound since."""
-    if counts[i] == HELPLESS:
-        return
+def tighten(i, k, bounds, candidates):
+    """Raise the bound of query i to the k-th largest lower end and drop the candidates below it; or, if that leaves
+
+    no room, give the query up, with a bound that nothing exceeds.
+    """
+    places, lows, highs, counts, marks = candidates
+    count, room = counts[i], places.shape[1]
+    if count >= k:
+        bounds[i] = max(bounds[i], kth_largest(lows[i, :count].copy(), k))
     kept = 0
-    for u in range(counts[i]):
+    for u in range(count):
         if highs[i, u] >= bounds[i]:
-            places[i, kept], highs[i, kept] = places[i, u], highs[i, u]
+            places[i, kept], lows[i, kept], highs[i, kept] = places[i, u], lows[i, u], highs[i, u]
             kept += 1
-    counts[i] = kept
+    if count == room and kept > 3 * room // 4:
+        counts[i], bounds[i] = HELPLESS, np.inf
+    else:
+        counts[i], marks[i] = kept, min(kept + max(k, kept, PATIENCE), room)
 
 
 @njit(cache=True, nogil=True)
 def sample(keys, stored, step, asked, maxima):
-    """Fill maxima (queries, m) with the largest lower ends of disjoint sets of keys, out of every `step`-th tile."""
-    queries = asked[0].shape[2] // 4
+    """Fill maxima (queries, m) with the largest lower ends of disjoint sets of keys, out of every `step`-th tile.
+
+    `queries` counts those that fill up the last group, and m must be a multiple of a tile's keys.
+    """
+    codes, scale, error, size = keys
+    words, starts, reach, ratio = asked
+    queries = words.shape[2] // 4
     wide = panels_a_tile(queries)
-    span = wide * keys[1].shape[1]
-    low, high = np.empty(queries * span, np.float32), np.empty(queries * span, np.float32)
-    hits, bounds = np.empty(queries, np.int64), np.full(asked[0].shape[0] * queries, -np.inf, np.float32)
+    span, column = wide * scale.shape[1], 0
     maxima[:] = -np.inf
-    column = 0
     for block in range(step - 1, stored // span, step):
-        for group in range(asked[0].shape[0]):
-            ends(keys, block * wide, asked, group, bounds, low, high, hits)
-            for j in range(min(queries, maxima.shape[0] - group * queries)):
-                i = group * queries + j
-                for lane in range(span):
-                    maxima[i, column + lane] = max(maxima[i, column + lane], low[j * span + lane])
+        into = maxima[:, column : column + span]
+        if queries == ONE[1]:
+            highest_one(codes, scale, error, size, block * wide, words, starts, reach, ratio, into)
+        elif queries == FEW[1]:
+            highest_few(codes, scale, error, size, block * wide, words, starts, reach, ratio, into)
+        else:
+            highest_many(codes, scale, error, size, block * wide, words, starts, reach, ratio, into)
         column = (column + span) % maxima.shape[1]
 
 
@@ -129,13 +141,12 @@ def ring_slot(age, start, stored):
 
 
 @njit(cache=True, nogil=True)
-def settle(queries, keys, start, unit, bounds, places, highs, counts, best, best_places):
+def settle(queries, keys, start, unit, candidates, best, best_places):
     """Score the candidates that are left in full, and offer them to the heaps best, best_places (q, k)."""
+    places, counts = candidates
     stored, d = keys.shape
     rows, own, scores = np.empty(TOGETHER, np.int64), np.arange(TOGETHER), np.empty(TOGETHER, np.float32)
     directed = np.empty((TOGETHER, d), np.float32)
-    for i in range(queries.shape[0]):
-        prune(i, bounds, places, highs, counts)
     for i in range(queries.shape[0]):
         if i + 1 < queries.shape[0]:
             for u in range(min(AHEAD, counts[i + 1])):
@@ -155,3 +166,11 @@ def settle(queries, keys, start, unit, bounds, places, highs, counts, best, best
             for u in range(first, min(first + TOGETHER, counts[i])):
                 if scores[u - first] >= best[i, 0]:
                     offer(scores[u - first], places[i, u], best[i], best_places[i])
+
+
+@njit(cache=True, nogil=True)
+def tighten_all(k, bounds, candidates):
+    """Drop all candidates that are below their query's final bound."""
+    for i in range(candidates[0].shape[0]):
+        if candidates[3][i] != HELPLESS:
+            tighten(i, k, bounds, candidates)

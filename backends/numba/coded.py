@@ -7,22 +7,22 @@ from typing import Any
 import numpy as np
 
 from . import machine
-from .certify import HELPLESS, narrow, panels_a_tile, sample, settle
+from .certify import HELPLESS, narrow, no_candidates, panels_a_tile, sample, settle, tighten_all
 from .code_tile import FEW, MANY, ONE
-from .codes import PACKED, centre_of, encode_keys, encode_queries, words_for
+from .codes import CHUNK, PACKED, centre_of, encode_keys, encode_queries, words_for
 from .heap import order
 from .panels import aligned
 from .retrieval import search_rows
 from .ring import Panels
-from .scan import kth_largest
-from .search import NOTHING, SAMPLED, query_blocks
+from .scan import kth_largest_rows
+from .search import NOTHING, query_blocks
 from .threads import in_parallel
 from .tile import lanes
 from .unit import unit
 
 ROOM = 2048  # for candidates: scoring more of them in full costs as much as scoring all keys
 TIRED = 256  # searches for which panels take over, after one that the codes could not help
-
+SAMPLED = {ONE[1]: 32, FEW[1]: 16, MANY[1]: 12}  # by queries of a tile: one tile in so many is looked at beforehand
 
 FEWEST = 1 << 15  # capacity from which codes pay: candidates of fewer keys are too large a share of them
 
@@ -128,27 +128,34 @@ class Codes:
         coded, (stored, _), q = self.heads[head], keys.shape, queries.shape[0]
         asked, bounds = encoded(queries)
         scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
-        lows, nowhere = scores.copy(), np.zeros_like(ages)
-        room = min(4 * k + ROOM, stored)
-        places, highs = np.empty((q, room), np.int64), np.empty((q, room), np.float32)
-        counts = np.where(bounds[:q] == np.inf, HELPLESS, 0)
-        span = panels_a_tile(asked[0].shape[2] // PACKED) * coded[1].shape[1]
-        buckets = -(-4 * k // span) * span
-        if stored >= SAMPLED * buckets:
-            maxima = np.empty((q, buckets), np.float32)
-            sample(coded, stored, SAMPLED, asked, maxima)
-            kth_largest(maxima, k, lows[:, 0])
-            lows[:] = np.nextafter(lows[:, :1], np.float32(-np.inf))
-            bounds[:q] = np.where(counts == HELPLESS, np.inf, lows[:, 0])
+        candidates = no_candidates(q, k, min(4 * k + ROOM, stored))
+        counts = candidates[3]
+        counts[bounds[:q] == np.inf] = HELPLESS
+        sampled(coded, stored, asked, k, bounds[:q])
         for first, last, shift in ((0, start, stored - start), (start, stored, -start)):
             if first < last:
-                narrow(coded, first, last, shift, asked, bounds, lows, nowhere, places, highs, counts)
-        settle(queries, keys, start, self.space == "cosine", bounds, places, highs, counts, scores, ages)
+                narrow(coded, first, last, shift, asked, k, bounds, candidates)
+        tighten_all(k, bounds, candidates)
+        settle(queries, keys, start, self.space == "cosine", (candidates[0], counts), scores, ages)
         order(scores, ages)
         helpless = np.flatnonzero(counts == HELPLESS)
         if helpless.size:
             scores[helpless], ages[helpless] = search_rows(queries[helpless], keys, k, self.space, NOTHING, start)
         return scores, ages, helpless.size
+
+
+def sampled(
+    coded: tuple[np.ndarray, ...], stored: int, asked: tuple[np.ndarray, ...], k: int, bounds: np.ndarray
+) -> None:
+    """Raise the bounds (q,) that are not infinite to what k keys are sure to exceed, as Search.sample does."""
+    queries = asked[0].shape[2] // PACKED
+    span, step = panels_a_tile(queries) * coded[1].shape[1], SAMPLED[queries]
+    buckets = -(-4 * k // span) * span
+    if stored >= step * buckets:
+        maxima, lows = np.empty((len(asked[2]), buckets), np.float32), np.empty(len(bounds), np.float32)
+        sample(coded, stored, step, asked, maxima)
+        kth_largest_rows(maxima[: len(bounds)], k, lows)
+        np.maximum(bounds, np.nextafter(lows, np.float32(-np.inf)), out=bounds)
 
 
 def empty_codes(slots: int, d: int) -> tuple[np.ndarray, ...]:
@@ -169,9 +176,8 @@ def rescore(
     scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
     counts = np.sum(candidates >= 0, axis=1)
     places = -np.sort(-candidates, axis=1)  # what is none comes last
-    highs, bounds = np.full(candidates.shape, np.inf, np.float32), np.full(q, -np.inf, np.float32)
     queries = unit(queries) if space == "cosine" else np.ascontiguousarray(queries)
-    settle(queries, keys, start, space == "cosine", bounds, places, highs, counts, scores, ages)
+    settle(queries, keys, start, space == "cosine", (places, counts), scores, ages)
     order(scores, ages)
     return scores, ages
 
@@ -182,8 +188,10 @@ def encoded(queries: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     size = next((size for _, size in (ONE, FEW) if q <= size), MANY[1])
     groups = -(-q // size)
     words = np.zeros((groups, words_for(d), size * PACKED), np.int8)
-    sums, (reach, slip) = np.zeros(groups * size, np.int32), np.ones((2, groups * size), np.float32)
+    starts = np.zeros((groups * size, -(-words.shape[1] // CHUNK)), np.int32)
+    reach, slip = np.ones(groups * size, np.float32), np.zeros(groups * size, np.float32)
     bounds = np.full(groups * size, np.inf, np.float32)
-    encode_queries(queries, size, words, sums, reach, slip)
+    encode_queries(queries, size, words, starts, reach, slip)
     bounds[:q][slip[:q] < np.inf] = -np.inf
-    return (words, sums, reach, np.where(slip < np.inf, slip, np.float32(0))), bounds
+    slip[slip == np.inf] = 0
+    return (words, starts, reach, np.max(slip.reshape(groups, size), axis=1)), bounds

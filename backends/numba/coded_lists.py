@@ -10,11 +10,11 @@ import numpy as np
 from numba import njit
 
 from . import machine
-from .certify import HELPLESS, ends, keep, panels_a_tile, settle
+from .certify import HELPLESS, ends, keep, no_candidates, panels_a_tile, settle, tighten, tighten_all
 from .chains import NONE, Chains, just_below
 from .code_tile import FEW, MANY, ONE
 from .coded import ROOM, empty_codes
-from .codes import PACKED, centre_of, encode_keys, encode_queries
+from .codes import CHUNK, PACKED, centre_of, encode_keys, encode_queries
 from .heap import order
 from .lists import Lists, by_list
 from .retrieval import search_rows
@@ -68,23 +68,25 @@ class CodedLists:
         is searched exactly.
         """
         queries = np.ascontiguousarray(queries)
-        q, room, chains = len(queries), min(4 * k + ROOM, len(keys)), self.chains
+        q, words, chains = len(queries), self.codes[0].shape[1], self.chains
         asked = (
-            np.zeros((q, self.codes[0].shape[1], PACKED), np.int8),
-            np.zeros(q, np.int32),
+            np.zeros((q, words, PACKED), np.int8),
+            np.zeros((q, -(-words // CHUNK)), np.int32),
             *np.ones((2, q), np.float32),
         )
         encode_queries(queries, 1, *asked)
-        counts = np.where(asked[3] < np.inf, 0, HELPLESS)
+        candidates = no_candidates(q, k, min(4 * k + ROOM, len(keys)))
+        counts = candidates[3]
+        counts[asked[3] == np.inf] = HELPLESS
+        bounds = np.where(counts == HELPLESS, np.inf, -np.inf).astype(np.float32)
         scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), NONE, np.int64)
-        lows, nowhere = scores.copy(), np.zeros_like(ages)
-        places, highs = np.empty((q, room), np.int64), np.empty((q, room), np.float32)
         for some in (probes[:, :1], probes[:, 1:5], probes[:, 5:]):  # from the first lists, bounds for the others
             if some.size:
                 who = by_list(some, len(chains.ends), (ONE, FEW, MANY))
                 pages = (chains.ends, chains.positions, chains.links)
-                narrow_lists(self.codes, asked, *who, *pages, oldest, lows, nowhere, places, highs, counts)
-        settle(queries, keys, start, self.space == "cosine", lows[:, 0].copy(), places, highs, counts, scores, ages)
+                narrow_lists(self.codes, asked, *who, *pages, oldest, k, bounds, candidates)
+                tighten_all(k, bounds, candidates)
+        settle(queries, keys, start, self.space == "cosine", (candidates[0], counts), scores, ages)
         order(scores, ages)
         helpless = np.flatnonzero(counts == HELPLESS)
         if helpless.size:
@@ -95,40 +97,38 @@ class CodedLists:
 
 
 @njit(cache=True, nogil=True)
-def narrow_lists(
-    keys, asked, asking, starts, size, chain_ends, positions, links, oldest, lows, nowhere, places, highs, counts
-):
-    """Collect candidates from every list for the queries that probe it, asking[starts[l] : starts[l + 1]]."""
-    words, sums, reach, slip = asked
+def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links, oldest, k, bounds, candidates):
+    """Collect candidates from every list for the queries that probe it, asking[begins[l] : begins[l + 1]]."""
+    words, starts, reach, slip = asked
+    places, lows, highs, counts, marks = candidates
     wide, keys_a_page = panels_a_tile(size), positions.shape[1]
     span = wide * keys[1].shape[1]
     low, high = np.empty(size * span, np.float32), np.empty(size * span, np.float32)
     hits = np.empty(size, np.int64)
     for owner in range(chain_ends.shape[0]):
-        count = starts[owner + 1] - starts[owner]
+        count = begins[owner + 1] - begins[owner]
         if count == 0 or chain_ends[owner, 1] == NONE:
             continue
-        who, groups = asking[starts[owner] : starts[owner + 1]], (count + size - 1) // size
+        who, groups = asking[begins[owner] : begins[owner + 1]], (count + size - 1) // size
         some = np.zeros((groups, words.shape[1], size * PACKED), np.int8)
-        some_sums = np.zeros(groups * size, np.int32)
-        some_reach, some_slip = np.ones(groups * size, np.float32), np.zeros(groups * size, np.float32)
-        bounds = np.full(groups * size, np.inf, np.float32)
+        some_starts = np.zeros((groups * size, starts.shape[1]), np.int32)
+        some_reach, ratio = np.ones(groups * size, np.float32), np.zeros(groups, np.float32)
+        own_bounds = np.full(groups * size, np.inf, np.float32)
         for i in range(count):
             for w in range(words.shape[1]):
                 for b in range(PACKED):
                     some[i // size, w, i % size * PACKED + b] = words[who[i], w, b]
-            some_sums[i], some_reach[i], some_slip[i] = sums[who[i]], reach[who[i]], slip[who[i]]
-            if counts[who[i]] == HELPLESS:
-                some_slip[i] = 0
-            else:
-                bounds[i] = just_below(lows[who[i], 0])
-        group_asked = (some, some_sums, some_reach, some_slip)
+            some_starts[i], some_reach[i] = starts[who[i]], reach[who[i]]
+            if counts[who[i]] != HELPLESS:
+                own_bounds[i] = just_below(bounds[who[i]])
+                ratio[i // size] = max(ratio[i // size], slip[who[i]])
+        group_asked = (some, some_starts, some_reach, ratio)
         page = chain_ends[owner, 1]
         while page != NONE:
             for part in range(keys_a_page // span - 1, -1, -1):
                 group, panel = -1, (page * keys_a_page + part * span) // keys[1].shape[1]
                 while True:
-                    group = ends(keys, panel, group_asked, group + 1, bounds, low, high, hits)
+                    group = ends(keys, panel, group_asked, group + 1, own_bounds, low, high, hits)
                     if group == groups:
                         break
                     for j in range(size):
@@ -137,11 +137,11 @@ def narrow_lists(
                             lane = highest_bit(word)
                             word &= below(lane)
                             position, at = positions[page, part * span + lane], j * span + lane
-                            if position >= oldest and high[at] > bounds[i]:
+                            if position >= oldest and high[at] > own_bounds[i]:
                                 query = who[i]
-                                keep(query, position - oldest, low[at], high[at], lows, nowhere, places, highs, counts)
-                                if counts[query] == HELPLESS:
-                                    bounds[i] = np.inf
-                                    break
-                                bounds[i] = just_below(lows[query, 0])
+                                if counts[query] == marks[query]:
+                                    tighten(query, k, bounds, candidates)
+                                    own_bounds[i] = just_below(bounds[query])
+                                if counts[query] != HELPLESS:
+                                    keep(query, position - oldest, low[at], high[at], places, lows, highs, counts)
             page = links[page, 0]

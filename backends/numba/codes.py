@@ -11,8 +11,10 @@ Keys are coded less a `centre`, their mean as it once was: keys of attention hav
 common adds the same to all scores of a query. So bounds are bounds on q·(k - centre), which rank keys as well.
 
 The codes of a key are unsigned, shifted by OFFSET, and those of a query signed: that is what the CPU multiplies.
-AVX-512 VNNI adds four products in 32 bits, and 8 bits serve both. AVX2 adds two in 16 bits, 127·63·2 with 7 bits, and
-another two fit beside them, so that the costly step from 16 to 32 bits is taken half as often.
+AVX-512 VNNI adds four products in 32 bits, where all fit. AVX2 adds two in 16 bits, and there the sums go on for a
+CHUNK of words, two beside one another. They may wrap on the way, for they end at Σ code·code without the offset, and
+that fits: scales are chosen so that the codes that meet in such a sum have norms of at most LIMIT, on both sides, and
+LIMIT² < 2^15. For numbers that are spread as usual this costs nothing, since 6 or 7 bits are used as fully.
 """
 
 from __future__ import annotations
@@ -24,22 +26,41 @@ from numba import njit
 
 from . import machine
 
-OFFSET = 128 if machine.dots() else 64
-KEY_LEVELS, QUERY_LEVELS = OFFSET - 1, 127 if machine.dots() else 63
 PACKED = 4  # components multiplied together, a word of 32 bits
-TOGETHER = 1 if machine.dots() else 2  # words a step of the tile takes
+HALVES = 1 if machine.dots() else 2  # sums a word of them has
+CHUNK = 1 << 16 if machine.dots() else 16  # words added up before sums are widened
+OFFSET, KEY_LEVELS, QUERY_LEVELS = (128, 127, 127) if machine.dots() else (80, 79, 103)  # 2·(80 + 79)·103 < 2^15
+LIMIT = math.inf if machine.dots() else 181.0
+ROUNDED = math.sqrt(CHUNK * PACKED / HALVES) / 2  # the most that rounding adds to the norm of the codes of a sum
 LEAST, MOST = 2.0**-40, 2.0**40  # norms between which neither the codes nor the bound leave float32's normal range
 
 
 def words_for(d: int) -> int:
-    """Words that hold d components, in whole steps of the tile."""
-    return -(-d // (PACKED * TOGETHER)) * TOGETHER
+    """Words that hold d components."""
+    return -(-d // PACKED)
 
 
 def centre_of(keys: np.ndarray) -> np.ndarray:
     """The mean (d,) of keys (m, d), in float64; 0 where it is out of range, or there are none."""
     mean = np.sum(keys, axis=0, dtype=np.float64) / max(len(keys), 1)
     return np.where(np.abs(mean) <= MOST, mean, 0.0)
+
+
+@njit(cache=True, nogil=True)
+def coarseness(vector, levels):
+    """The finest step to divide `vector` (d,) by and round: codes are at most `levels`, and their sums fit."""
+    largest, most = 0.0, 0.0
+    for x in vector:
+        largest = max(largest, abs(x))
+    if HALVES > 1:
+        for first in range(0, vector.shape[0], CHUNK * PACKED):
+            for half in range(HALVES):
+                square = 0.0
+                for c in range(first, min(first + CHUNK * PACKED, vector.shape[0])):
+                    if c % PACKED * HALVES // PACKED == half:
+                        square += vector[c] * vector[c]
+                most = max(most, square)
+    return max(largest / levels, math.sqrt(most) / (LIMIT - ROUNDED))
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -52,24 +73,23 @@ def encode_keys(keys, slots, centre, codes, scale, error, size):
     """
     lanes, d = scale.shape[1], keys.shape[1]
     slack = (d + 16) * 2.0**-23
-    line = np.full(codes.shape[1] * PACKED, OFFSET, np.uint8)
+    line, centred = np.full(codes.shape[1] * PACKED, OFFSET, np.uint8), np.empty(d)
     words, line_words = codes.view(np.uint32), line.view(np.uint32)
     for i in range(keys.shape[0]):
         panel, lane = slots[i] // lanes, slots[i] % lanes
-        largest, norm = 0.0, 0.0
+        norm = 0.0
         for c in range(d):
             x = np.float64(keys[i, c])
-            largest, norm = max(largest, abs(x - centre[c])), norm + x * x
+            centred[c], norm = x - centre[c], norm + x * x
         norm = math.sqrt(norm)
         fits = norm == 0 or LEAST <= norm <= MOST
-        step = np.float32(largest / KEY_LEVELS) if fits and largest >= LEAST else np.float32(0)
-        inverse = 1 / np.float64(step) if step > 0 else 0.0
+        step = np.float32(coarseness(centred, KEY_LEVELS)) if fits else np.float32(0)
+        inverse = 1 / np.float64(step) if step >= LEAST / KEY_LEVELS else 0.0
         missed, kept = 0.0, 0.0
         for c in range(d):
-            x = np.float64(keys[i, c]) - centre[c]
-            code = np.rint(x * inverse)
+            code = np.rint(centred[c] * inverse)
             line[c] = np.uint8(np.int32(code) + np.int32(OFFSET))
-            missed, kept = missed + (x - code * step) ** 2, kept + (code * step) ** 2
+            missed, kept = missed + (centred[c] - code * step) ** 2, kept + (code * step) ** 2
         for w in range(codes.shape[1]):
             words[panel, w, lane] = line_words[w]
         scale[panel, lane] = step
@@ -79,28 +99,39 @@ def encode_keys(keys, slots, centre, codes, scale, error, size):
 
 
 @njit(cache=True, nogil=True)
-def encode_queries(queries, group_size, codes, sums, reach, slip):
+def encode_queries(queries, group_size, codes, starts, reach, slip):
     """Put queries (q, d) into codes (groups, words, group_size x 4), and of each, in units of its scale, the bounds of
 
-    its norm, `reach`, and of what its codes miss, `slip`; `sums` is OFFSET times the sum of its codes. A query out of
-    range gets an infinite slip.
+    its norm, `reach`, and of what its codes miss beside its norm, `slip`; `starts` (q, chunks) is minus OFFSET times
+    the sums of its codes. A query out of range gets an infinite slip.
     """
+    totals = np.zeros(HALVES, np.int64)
+    vector = np.empty(queries.shape[1])
     for i in range(queries.shape[0]):
-        group, place, d = i // group_size, i % group_size, queries.shape[1]
-        largest, norm = 0.0, 0.0
-        for c in range(d):
-            x = np.float64(queries[i, c])
-            largest, norm = max(largest, abs(x)), norm + x * x
+        group, place, norm = i // group_size, i % group_size, 0.0
+        for c in range(vector.shape[0]):
+            vector[c] = queries[i, c]
+            norm += vector[c] * vector[c]
         norm = math.sqrt(norm)
-        sums[i] = 0
         if not LEAST <= norm <= MOST:
-            reach[i], slip[i] = 1, np.inf
+            starts[i], reach[i], slip[i] = 0, 1, np.inf
             continue
-        step, missed, total = largest / QUERY_LEVELS, 0.0, 0
-        for c in range(d):
-            x = np.float64(queries[i, c])
-            code = np.rint(x / step)
-            codes[group, c // PACKED, place * PACKED + c % PACKED] = np.int8(code)
-            missed, total = missed + (x - code * step) ** 2, total + np.int64(code)
-        sums[i] = OFFSET * total
-        reach[i], slip[i] = norm / step * (1 + 1e-6), math.sqrt(missed) / step * (1 + 1e-6)
+        step, missed = coarseness(vector, QUERY_LEVELS), 0.0
+        for chunk in range(starts.shape[1]):
+            totals[:] = 0
+            for c in range(chunk * CHUNK * PACKED, min((chunk + 1) * CHUNK * PACKED, vector.shape[0])):
+                code = np.rint(vector[c] / step)
+                codes[group, c // PACKED, place * PACKED + c % PACKED] = np.int8(code)
+                missed += (vector[c] - code * step) ** 2
+                totals[c % PACKED * HALVES // PACKED] -= OFFSET * np.int64(code)
+            starts[i, chunk] = side_by_side(totals)
+        reach[i], slip[i] = norm / step * (1 + 1e-6), math.sqrt(missed) / norm * (1 + 1e-6)
+
+
+@njit(cache=True, nogil=True)
+def side_by_side(totals):
+    """One number of 32 bits with one total, or with two, of 16 bits each, the first in its lower half."""
+    if HALVES == 1:
+        return np.int32(totals[0])
+    word = (totals[1] & 0xFFFF) << 16 | (totals[0] & 0xFFFF)
+    return np.int32(word - (word >> 31 << 32))

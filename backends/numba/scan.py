@@ -94,12 +94,30 @@ def sample(panels, scales, stored, step, grouped, maxima, l2):
 
 
 @njit(cache=True, nogil=True)
-def kth_largest(maxima, k, bounds):
-    """The k-th largest of every row of maxima (queries, m)."""
-    best, places = np.empty(k, maxima.dtype), np.empty(k, np.int64)
-    for i in range(maxima.shape[0]):
-        best[:] = -np.inf
-        places[:] = -1
-        for j in range(maxima.shape[1]):
-            offer(maxima[i, j], j, best, places)
-        bounds[i] = best[0]
+def kth_largest(numbers, k):
+    """The k-th largest of `numbers` (n,), n >= k, which are reordered. Source: Hoare, "Find" (CACM 1961)."""
+    first, last = 0, numbers.shape[0] - 1
+    while first < last:
+        pivot, i, j = numbers[(first + last) // 2], first, last
+        while i <= j:
+            while numbers[i] > pivot:
+                i += 1
+            while numbers[j] < pivot:
+                j -= 1
+            if i <= j:
+                numbers[i], numbers[j] = numbers[j], numbers[i]
+                i, j = i + 1, j - 1
+        if k - 1 <= j:
+            last = j
+        elif k - 1 >= i:
+            first = i
+        else:
+            break
+    return numbers[k - 1]
+
+
+@njit(cache=True, nogil=True)
+def kth_largest_rows(rows, k, bounds):
+    """Of every row (queries, n), reordered, the k-th largest."""
+    for i in range(rows.shape[0]):
+        bounds[i] = kth_largest(rows[i], k)

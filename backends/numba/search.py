@@ -7,7 +7,7 @@ import numpy as np
 from . import threads
 from .heap import order
 from .panels import grouped
-from .scan import kth_largest, panels_a_tile, sample, scan
+from .scan import kth_largest_rows, panels_a_tile, sample, scan
 from .tile import FEW, MANY, ONE
 
 RESIDENT = 1 << 17  # bytes of queries that stay in the second-level cache while all panels pass by
@@ -38,7 +38,7 @@ class Search:
         q = self.scores.shape[0]
         maxima = np.empty((q, buckets), self.scores.dtype)
         sample(panels, scales, stored, SAMPLED, self.queries, maxima, self.l2)
-        kth_largest(maxima, self.k, self.bounds[:q])
+        kth_largest_rows(maxima, self.k, self.bounds[:q])
         self.bounds[:q] = np.nextafter(self.bounds[:q], self.bounds.dtype.type(-np.inf))
         self.scores[:] = self.bounds[:q, None]
 

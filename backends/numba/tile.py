@@ -78,8 +78,6 @@ def make_tile(panels: int, queries: int, l2: bool) -> Callable[..., int]:
 class Tile:
     """Writes the code of one tile."""
 
-    stride = 1  # of the loop over d
-
     def __init__(
         self, context: Any, builder: ir.IRBuilder, signature: Any, args: Any, shape: tuple[int, int], l2: bool
     ):
@@ -150,23 +148,27 @@ class Tile:
         return after
 
     def chains(self) -> Sums:
-        """The sums after the loop over all d components."""
+        """The sums over all d components."""
+        return self.loop(index(0), self.d)
+
+    def loop(self, first: Any, last: Any) -> Sums:
+        """The sums after the steps first <= c < last."""
         b = self.builder
-        first = [self.start(j) for j in range(self.queries)]
-        start, body, done = b.block, b.append_basic_block("component"), b.append_basic_block("scored")
-        b.cbranch(b.icmp_signed(">", self.d, index(0)), body, done)
+        starts = [self.start(j) for j in range(self.queries)]
+        before, body, done = b.block, b.append_basic_block("component"), b.append_basic_block("scored")
+        b.cbranch(b.icmp_signed("<", first, last), body, done)
         b.position_at_end(body)
-        c, before = b.phi(INDEX), {(p, r, j): b.phi(first[j].type) for p, r, j in self.sums()}
-        after = self.step(c, before)
-        following = b.add(c, index(self.stride))
-        b.cbranch(b.icmp_signed("<", following, self.d), body, done)
-        c.add_incoming(index(0), start)
+        c, sums = b.phi(INDEX), {(p, r, j): b.phi(starts[j].type) for p, r, j in self.sums()}
+        after = self.step(c, sums)
+        following = b.add(c, index(1))
+        b.cbranch(b.icmp_signed("<", following, last), body, done)
+        c.add_incoming(first, before)
         c.add_incoming(following, body)
         b.position_at_end(done)
-        result = {(p, r, j): b.phi(first[j].type) for p, r, j in self.sums()}
+        result = {(p, r, j): b.phi(starts[j].type) for p, r, j in self.sums()}
         for at in self.sums():
-            for phi in (before[at], result[at]):
-                phi.add_incoming(first[at[2]], start)
+            for phi in (sums[at], result[at]):
+                phi.add_incoming(starts[at[2]], before)
                 phi.add_incoming(after[at], body)
         return result
 
@@ -180,11 +182,10 @@ class Tile:
         some, following, hit, end = (b.append_basic_block(name) for name in ("group", "following", "hit", "end"))
         b.cbranch(b.icmp_signed("<", self.group, self.groups), some, end)
         b.position_at_end(some)
-        group = b.phi(INDEX)
+        group = self.now = b.phi(INDEX)
         self.first_query = b.mul(group, index(self.queries))
         self.query_at = self.vectors.at(self.queries_at, b.mul(self.first_query, self.d))
-        above, results = self.compared()
-        flags = functools.reduce(b.or_, above.values())
+        scores, flags = self.compared()
         found = b.icmp_unsigned("!=", self.vectors.bits(flags), ir.Constant(ir.IntType(self.vectors.width), 0))
         b.cbranch(found, hit, following).set_weights([1, 99])
         b.position_at_end(following)
@@ -194,7 +195,7 @@ class Tile:
         b.cbranch(b.icmp_signed("<", advanced, self.groups), some, end)
         b.position_at_end(hit)
         for j in range(self.queries):
-            self.store_hits(j, above, results)
+            self.store_hits(j, scores)
         b.branch(end)
         b.position_at_end(end)
         reached = b.phi(INDEX)
@@ -202,27 +203,41 @@ class Tile:
             reached.add_incoming(value, block)
         return reached
 
-    def compared(self) -> tuple[Sums, list[tuple[Any, Sums]]]:
-        """Which scores exceed their query's bound, and what to store on a hit: (array, vectors)."""
-        b, vectors, scores = self.builder, self.vectors, self.chains()
+    def compared(self) -> tuple[Sums, Any]:
+        """The scores, and a vector that is true somewhere if any of them exceeds its query's bound."""
+        b, scores = self.builder, self.chains()
         if self.scale is not None and not self.l2:
             scores = {(p, r, j): b.fmul(total, self.scale[p, r]) for (p, r, j), total in scores.items()}
-        above = {}
-        for j in range(self.queries):
-            bound = vectors.spread(b.load(vectors.at(self.bounds, self.first_query, index(j))))
-            for p, r in self.places():
-                above[p, r, j] = b.fcmp_ordered(">", scores[p, r, j], bound)
-        return above, [(self.scores, scores)]
+        bounds = [self.of_query(self.bounds, j) for j in range(self.queries)]
+        return scores, functools.reduce(b.or_, (self.exceeds(score, bounds[at[2]]) for at, score in scores.items()))
 
-    def store_hits(self, j: int, above: Sums, results: Any) -> None:
-        """Of query j, the word of its hits and, for each (array, vectors) of `results`, all lanes."""
-        b, vectors, word = self.builder, self.vectors, index(0)
+    def of_query(self, data: Any, j: int) -> Any:
+        """The number that `data` has for query j, in every lane."""
+        return self.vectors.spread(self.builder.load(self.vectors.at(data, self.first_query, index(j))))
+
+    def exceeds(self, score: Any, bound: Any) -> Any:
+        return self.builder.fcmp_ordered(">", score, bound)
+
+    def store_hits(self, j: int, scores: Sums) -> None:
+        """All scores of query j, and the word of its hits."""
+        bound = self.of_query(self.bounds, j)
+        above = {}
         for p, r in self.places():
-            lane = (p * FILLED + r) * vectors.width
-            word = b.or_(word, b.shl(b.zext(vectors.bits(above[p, r, j]), INDEX), index(lane)))
-            for array, lanes in results:
-                vectors.store(lanes[p, r, j], vectors.at(array, index(j * self.panels * self.lanes + lane)))
-        b.store(word, vectors.at(self.hits, index(j)))
+            above[p, r] = self.exceeds(scores[p, r, j], bound)
+            self.store_lanes(self.scores, scores[p, r, j], p, r, j)
+        self.store_word(above, j)
+
+    def store_lanes(self, array: Any, lanes: Any, p: int, r: int, j: int) -> None:
+        first = (j * self.panels + p) * self.lanes + r * self.vectors.width
+        self.vectors.store(lanes, self.vectors.at(array, index(first)))
+
+    def store_word(self, above: dict[tuple[int, int], Any], j: int) -> None:
+        """One bit for every lane of query j that is `above`."""
+        b, word = self.builder, index(0)
+        for (p, r), flags in above.items():
+            lane = p * self.lanes + r * self.vectors.width
+            word = b.or_(word, b.shl(b.zext(self.vectors.bits(flags), INDEX), index(lane)))
+        b.store(word, self.vectors.at(self.hits, index(j)))
 
 
 def plain_tile(panels: int, queries: int, l2: bool) -> Callable[..., int]:
