@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.arrays import framework, namespace
+from ..backends.arrays import cast, framework, namespace
 from ..backends.exchange import like as like_of
 from . import original as published
 from .basis import Basis, gaussians
@@ -95,7 +95,7 @@ def fitted(scheme: Scheme, x: Any) -> Any:
     return apply(operator.key, operator.matrix, x)
 
 
-def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: np.ndarray | None = None) -> Any:
+def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: Any = None) -> Any:
     """Coefficients after an update with x (..., L, e).
 
     `where` (..., M), ascending: positions of the old signal to keep; None for the uniform ones, all alike.
@@ -123,11 +123,13 @@ def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: 
     return kept + apply((operator.key, "new", M), operator.matrix[:, M:], x)
 
 
-def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
+def evaluate(basis: Basis, B: Any, where: Any) -> Any:
     """The signal B (..., N, e) at ascending positions `where` (..., T): (..., T, e).
 
     On the CPU only the functions near each run of positions are made and multiplied.
     """
+    if not isinstance(where, np.ndarray):
+        return basis(cast(where, B.dtype)) @ B
     if not _narrow(basis) or not on_cpu(B):
         return basis(like_of(where, B)) @ B
     itemsize = 4 if "32" in str(B.dtype) else 8

@@ -9,8 +9,10 @@ from typing import Any, Self
 import numpy as np
 
 from ..backends.arrays import computing_dtype, framework, namespace
+from ..backends.devices import HOST, place_of
 from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
+from ..backends.parcels import Parcel, send
 from ..core import checks, original
 from ..core.attention import Reading
 from ..core.basis import Basis, gaussian_basis, positions_in
@@ -24,7 +26,7 @@ from .lock import ReadWriteLock
 from .rows import detached, listed, segment, taken
 from .state import counts, pack, rebuilt, required, unpack
 from .sticky import bins_drawn, drawn_bins, generator, histogram_of, resumed
-from .timeline import KNOTS, Timeline
+from .timeline import KNOTS, Kept, Timeline
 
 DTYPES = ("float32", "float64")
 COMPATIBLE = ("infinite-former",)
@@ -64,17 +66,22 @@ class ContinuousMemory(Savable):
         replacement at left edges.
     seed : int or numpy.random.Generator
         Of the sticky positions. A PCG64 generator may be shared between memories; its state is saved.
+    device : "cpu", "cuda", "cuda:N", or a framework's device object; optional
+        Where the coefficients live and are computed with, whatever is written; see KNNMemory.
 
     Raises
     ------
+    BackendError
+        A device that is not there, or cannot compute; DeviceMemoryError where it is full.
     ArgumentError
         A size below 1, an unknown choice, contraction outside (0, 1), or a negative ridge.
 
     Notes
     -----
-    Bytes: rows x N x dim x itemsize, and nothing a token. The coefficients live in the framework and on the device of
-    what was last written. A write costs O(N² dim + N n dim) at most, a read O(q N dim); the factorisations are made
-    once for a length and shared through a bounded cache.
+    Bytes: rows x N x dim x itemsize, and nothing a token. Without `device` the coefficients live in the framework and
+    on the device of what was last written; with it, gradients reach only an x that comes from there. A write costs
+    O(N² dim + N n dim) at most, a read O(q N dim); the factorisations are made once for a length and shared through a
+    bounded cache.
     Source: Martins et al., "∞-former: Infinite Memory Transformer" (ACL 2022, arXiv 2109.00301), section 3. Differs
     from the paper in that samples stand at midpoints, no zeros are fitted outside [0, 1], the penalty is relative, the
     density is cut to [0, 1], and sticky positions are drawn systematically inside the bins.
@@ -107,6 +114,7 @@ class ContinuousMemory(Savable):
         dtype: str = "float32",
         compat: str | None = None,
         seed: int | np.random.Generator = 0,
+        device: Any = None,
     ):
         self.rows, self.dim = checks.count("rows", rows), checks.count("dim", dim)
         self.basis = basis if isinstance(basis, Basis) else gaussian_basis(checks.count("basis", basis))
@@ -124,6 +132,8 @@ class ContinuousMemory(Savable):
         self._timeline = Timeline(self.rows)
         self._last_segment = self.segment or SEGMENT
         self._coefficients: Any = np.zeros((self.rows, len(self.basis), self.dim), self.dtype)
+        self._place = None if device is None else place_of(device)
+        self._settle_in()
 
     @classmethod
     def for_horizon(
@@ -191,6 +201,11 @@ class ContinuousMemory(Savable):
         return self.rows * len(self.basis) * self.dim * np.dtype(self.dtype).itemsize
 
     @property
+    def device(self) -> Any:
+        """Where the coefficients live: "cpu" for NumPy's, else the device's own object."""
+        return getattr(self._coefficients, "device", "cpu")
+
+    @property
     def signal(self) -> Signal:
         """What is remembered, with leading axis (rows,); rows that nothing was written to are zero."""
         B, scheme = self._coefficients, self.scheme
@@ -224,6 +239,10 @@ class ContinuousMemory(Savable):
         -----
         Gradients reach x through the newest segment only; what is remembered is detached.
         """
+        with HOST.watched() if self._place is None else self._place.watched():
+            self._write(self._here(x), attention, rows, mask, draws)
+
+    def _write(self, x: Any, attention: Any, rows: Sequence[int] | None, mask: Any, draws: Any) -> None:
         chosen = listed(rows, self.rows)
         x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
         histogram = None
@@ -236,7 +255,7 @@ class ContinuousMemory(Savable):
             draws = bins_drawn("draws", draws, (len(chosen), self.scheme.samples), self.bins)
         old = self._beside(x)
         changed: dict[int, Any] = {}
-        moves: list[tuple[int, np.ndarray | None, int]] = []
+        moves: list[tuple[int, Any, int]] = []
         lengths = present.sum(axis=1)
         kinds = list(zip((self._written[chosen] == 0).tolist(), lengths.tolist(), strict=True))
         for fresh, length in sorted(set(kinds)):
@@ -250,7 +269,7 @@ class ContinuousMemory(Savable):
             else:
                 of_group = (None if a is None else a[group] for a in (histogram, draws))
                 made, where = self._contracted(taken(old, of), new, *of_group)
-                moves += [(row, at, length) for row, at in zip(of, where, strict=True)]
+                moves += [(row, Kept(where, j), length) for j, row in enumerate(of)]
             if of == list(range(self.rows)):
                 whole = made
                 break
@@ -269,9 +288,7 @@ class ContinuousMemory(Savable):
             self._written[chosen] += lengths
             self._last_segment = int(lengths.max(initial=0)) or self._last_segment
 
-    def _contracted(
-        self, B: Any, x: Any, histogram: np.ndarray | None, draws: np.ndarray | None
-    ) -> tuple[Any, np.ndarray]:
+    def _contracted(self, B: Any, x: Any, histogram: Any, draws: np.ndarray | None) -> tuple[Any, np.ndarray | Parcel]:
         """Coefficients (group, N, dim) after a write of x (group, n, dim) to B, and which positions of B were kept."""
         contraction = self._contraction(x.shape[1])
         if self.compat and draws is None and histogram is not None:
@@ -284,7 +301,8 @@ class ContinuousMemory(Savable):
             evenly = np.broadcast_to(self.scheme.old_positions(), (x.shape[0], self.scheme.samples))
             return updated(self.scheme, B, x, contraction), evenly
         where = resample(histogram, self.scheme.samples, self._rng)
-        return updated(self.scheme, B, x, contraction, where), where
+        made = updated(self.scheme, B, x, contraction, where)
+        return made, where if isinstance(where, np.ndarray) else send(where)  # the timeline can wait for it
 
     def _contraction(self, length: int) -> float:
         return self.contraction ** (1 if self.segment is None else length / self.segment)
@@ -312,6 +330,13 @@ class ContinuousMemory(Savable):
         ------
         ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
         """
+        reading = self._read(self._here(mean), self._here(variance), density, rows)
+        if self._place is None or self._here(mean) is mean:
+            return reading
+        lse = self._place.give(reading.lse, mean, computing_dtype(mean))
+        return Reading(self._place.give(reading.output, mean), lse)
+
+    def _read(self, mean: Any, variance: Any, density: str | None, rows: Sequence[int] | None) -> Reading:
         chosen = listed(rows, self.rows)
         checks.floating_arrays(mean=mean)
         checks.shape("mean", mean, len(chosen), *"q" * max(mean.ndim - 1, 1))
@@ -416,6 +441,37 @@ class ContinuousMemory(Savable):
         memory._timeline.tokens = required(arrays, "shown", (memory.rows, KNOTS), np.float64)
         checks.finite(**{"state['coefficients']": memory._coefficients, "state['shown']": memory._timeline.tokens})
         return memory
+
+    def to(self, device: Any, device_capacity: None = None) -> Self:
+        """A memory of its own with what this one holds, on `device`; arguments and errors are the constructor's.
+
+        Parameters
+        ----------
+        device : "cpu", "cuda", "cuda:N", or a framework's device object
+        device_capacity : None
+            For kinds of memory that hold tokens.
+        """
+        if device_capacity is not None:
+            raise ArgumentError(
+                "device_capacity", "None for a continuous memory", repr(device_capacity), "Leave it out."
+            )
+        made, made_place = self.from_state_dict(self.state_dict()), place_of(device)
+        made._place = made_place
+        made._settle_in()
+        return made
+
+    def _settle_in(self) -> None:
+        """Bring the coefficients to where they shall live."""
+        if self._place is not None:
+            with self._place.watched():
+                self._coefficients = self._place.take(self._coefficients)
+
+    def _here(self, array: Any) -> Any:
+        """`array` where the coefficients shall live; itself, with its graph, where it is there or may stay."""
+        if self._place is None or framework(array) is None:
+            return array
+        at_home = framework(array) == framework(self._coefficients) and array.device == self._coefficients.device
+        return array if at_home else self._place.take(array)
 
     def _beside(self, x: Any, keep_graph: bool = False) -> Any:
         """The coefficients in the framework and on the device of x."""

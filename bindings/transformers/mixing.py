@@ -87,10 +87,10 @@ def read_whole(memory: KNNMemory, query: torch.Tensor, scale: float, keep: int) 
 
     For many queries over a few hundred tokens this costs a fraction of what finding the nearest of them does.
     """
-    oldest = held(memory, memory.tokens)
+    oldest = held(memory, memory.tokens, query)
     times = query.shape[0] // memory.rows
     there = torch.from_numpy(oldest.positions).to(query.device).repeat_interleave(times, dim=0)  # (rows, n)
-    keys, values = (torch.from_numpy(a).to(query).repeat_interleave(times, dim=0) for a in (oldest.keys, oldest.values))
+    keys, values = (a.repeat_interleave(times, dim=0) for a in (oldest.keys, oldest.values))
     mask = (there >= 0)[:, None, None].expand(-1, 1, query.shape[2], -1)
     reading = read_locally(query, keys, values, mask, scale)
     if not keep or not there.shape[1]:
@@ -103,8 +103,11 @@ def read_whole(memory: KNNMemory, query: torch.Tensor, scale: float, keep: int) 
     return replace(reading, neighbours=Neighbours(scores, positions))
 
 
-def held(memory: KNNMemory, oldest: np.ndarray) -> Neighbours:
-    """The `oldest` (rows,) tokens of every row, those of a row with fewer followed by position -1."""
+def held(memory: KNNMemory, oldest: np.ndarray, beside: torch.Tensor) -> Neighbours:
+    """The `oldest` (rows,) tokens of every row, those of a row with fewer followed by position -1.
+
+    Keys and values come as tensors like `beside`.
+    """
     ahead = np.arange(oldest.max(initial=0))
     positions = (memory.written - memory.tokens)[:, None] + ahead
-    return memory.at(np.where(ahead < oldest[:, None], positions, -1))
+    return memory.at(np.where(ahead < oldest[:, None], positions, -1), beside.detach())
