@@ -51,8 +51,8 @@ def _of_densities(attention: tuple[Any, ...], count: int, edges: np.ndarray, den
         raise ShapeError("attention", f"mean and variance ({count}, ..., q)", came, "Pass those of the last read.")
     xp = namespace(mean)
     variance = xp.broadcast_to(variance, mean.shape)
-    looks = (xp.reshape(a, (count, math.prod(mean.shape[1:]))) for a in (mean, variance))
-    return attention_mass(*looks, edges, density)
+    flat = (count, math.prod(mean.shape[1:]))
+    return attention_mass(xp.reshape(mean, flat), xp.reshape(variance, flat), edges, density)
 
 
 def drawn_bins(histogram: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...backends.devices import place_of
+from ...backends.devices import Place, place_of
 from ...backends.errors import ArgumentError
 from ...core import checks
 from ...memory.device_row import check
@@ -119,7 +119,9 @@ def attach(
     checks.choice("positions", positions, POSITIONS)
     if device is not None:
         device = torch.device(device)
-        check(place_of(device), index, "float32")
+        place = place_of(device)
+        if isinstance(place, Place):
+            check(place, index, "float32")
     if device_capacity is not None:
         checks.count("device_capacity", device_capacity)
     config = model.config.get_text_config(decoder=True)
