@@ -72,7 +72,7 @@ def tests(session: nox.Session) -> None:
     if not session.posargs:
         few = ("tests/test_conformance.py", "-k", "numba", "--hypothesis-profile=brief")
         session.run("pytest", *few, env={"NUMBA_DISABLE_JIT": "1"})
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *(session.posargs or ("-n", "auto", "--dist", "worksteal")))  # on all cores
 
 
 @nox.session

@@ -137,9 +137,16 @@ def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float
 
 
 def _fused(queries: Any, keys: Any, values: Any, scale: float, mask: Any) -> Any:
+    """PyTorch's own fused attention where there is any; see `fused`."""
+    result = fused(queries, keys, values, scale, mask, False)
+    return NotImplemented if result is None else result
+
+
+def fused(queries: Any, keys: Any, values: Any, scale: float, mask: Any, causal: bool) -> tuple[Any, Any] | None:
     """PyTorch's own fused attention, through the one operator on the CPU that also gives the log-sum-exp.
 
-    It is not public and has no gradient for the log-sum-exp: NotImplemented where it is missing or does not fit.
+    `causal`: query i sees the keys up to number i. The operator is not public and has no gradient for the log-sum-exp:
+    None where it is missing or does not fit.
     """
     import torch
 
@@ -151,22 +158,22 @@ def _fused(queries: Any, keys: Any, values: Any, scale: float, mask: Any) -> Any
         or keys.shape[-1] != values.shape[-1]
         or 0 in (*queries.shape, *keys.shape)
     ):
-        return NotImplemented
+        return None
     lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
-    queries, keys, values = (t.expand(*lead, *t.shape[-2:]).reshape(-1, 1, *t.shape[-2:]) for t in tensors)
+    heads = lead[-1] if lead else 1  # the operator's second axis, along which one set of keys may serve several heads
+    queries, keys, values = (t.expand(*lead, *t.shape[-2:]).reshape(-1, heads, *t.shape[-2:]) for t in tensors)
     # the operator reads a vector's components as neighbours in memory, and does not check that they are
     queries, keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (queries, keys, values))
     bias = None
     if mask is not None:
         pairs = (queries.shape[-2], keys.shape[-2])
         mask = mask.expand(torch.broadcast_shapes(mask.shape, pairs))
-        if mask.numel() > mask.shape[-1] * mask.shape[-2]:  # one mask for all is not repeated
-            mask = mask.expand(*lead, *pairs)
-        mask = mask.reshape(-1, 1, *pairs)
+        one = mask.numel() == mask.shape[-1] * mask.shape[-2]  # for all, and not repeated
+        mask = mask.reshape(1, 1, *pairs) if one else mask.expand(*lead, *pairs).reshape(-1, heads, *pairs)
         bias = torch.zeros(mask.shape, dtype=queries.dtype).masked_fill_(~mask, -torch.inf)
-    output, lse = operator(queries, keys, values, 0.0, False, attn_mask=bias, scale=scale)
-    if not bool(torch.isfinite(output).all()):  # an infinity or NaN, perhaps only where the mask forbids to look
-        return NotImplemented
+    output, lse = operator(queries, keys, values, 0.0, causal, attn_mask=bias, scale=scale)
+    if not bool(torch.isfinite(output.sum())):  # an infinity or NaN, perhaps only where the mask forbids to look
+        return None
     if mask is not None:
         lse = lse.masked_fill(~mask.any(dim=-1), -torch.inf)
     return output.reshape(*lead, *output.shape[-2:]), lse.reshape(*lead, -1)

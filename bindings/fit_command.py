@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..backends.errors import ArgumentError
+from ..core import checks
 from ..core.basis import gaussian_basis
-from ..core.positions import centred, fraction
+from ..core.positions import centred
 from ..core.signal import Signal, fit, penalty
 from ..memory.continuous import ContinuousMemory
 from .arguments import file_to_write, whole_number
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     n = whole_number("--basis", arguments.basis)
     segment = None if arguments.segment is None else whole_number("--segment", arguments.segment)
     ridge = arguments.ridge if arguments.ridge == "gcv" else penalty(arguments.ridge)
-    contraction = fraction("--contraction", arguments.contraction)
+    contraction = checks.number("--contraction", arguments.contraction, 0, 1)
     for option in ("out", "plot"):
         file_to_write(f"--{option}", getattr(arguments, option))
     if arguments.plot and Path(arguments.plot).suffix not in PICTURES:

@@ -149,8 +149,8 @@ def neighbours(value: Any, stored: int) -> int:
     return k
 
 
-def number(argument: str, value: Any) -> float:
-    """`value` as a finite float.
+def number(argument: str, value: Any, above: float = -math.inf, below: float = math.inf) -> float:
+    """`value` as a finite float strictly between `above` and `below`.
 
     Raises
     ------
@@ -160,8 +160,11 @@ def number(argument: str, value: Any) -> float:
         result = float(value)
     except (TypeError, ValueError):
         result = math.nan
-    if not math.isfinite(result):
-        raise ArgumentError(argument, "a finite number", repr(value)[:80], f"Pass {argument} as a float.")
+    if not above < result < below:  # NaN neither
+        bounded = math.isfinite(above) and math.isfinite(below)
+        expected = f"a number strictly between {above:g} and {below:g}" if bounded else "a finite number"
+        remedy = f"{argument}={(above + below) / 2:g}" if bounded else f"{argument} as a float"
+        raise ArgumentError(argument, expected, repr(value)[:80], f"Pass {remedy}.")
     return result
 
 
@@ -229,8 +232,15 @@ def finite(**arrays: Any) -> None:
     NonFiniteError
     """
     for argument, array in arrays.items():
-        if array is not None and not bool(namespace(array).all(namespace(array).isfinite(array))):
+        if array is not None and not all_finite(array):
             raise NonFiniteError(argument, "finite numbers", "NaN or infinity", f"Clean {argument} before passing it.")
+
+
+def all_finite(array: Any) -> bool:
+    """Whether no number is NaN or infinite: as a rule their sum tells, and only where it cannot, each is looked at."""
+    xp = namespace(array)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(xp.isfinite(xp.sum(array))) or bool(xp.all(xp.isfinite(array)))
 
 
 def outcome(result: Any, **arrays: Any) -> None:
@@ -243,7 +253,7 @@ def outcome(result: Any, **arrays: Any) -> None:
     ------
     NonFiniteError
     """
-    if not inspectable(result) or bool(namespace(result).all(namespace(result).isfinite(result))):
+    if not inspectable(result) or all_finite(result):
         return
     finite(**arrays)
     first, *others = arrays

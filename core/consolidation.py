@@ -104,7 +104,11 @@ def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: Any = Non
     new = apply((operator.key, "new", M), operator.matrix[:, M:], x)
     if where is None:
         return apply((operator.key, M, "recurrence"), scheme.recurrence(operator), B, new)
-    return apply((operator.key, "old", M), operator.matrix[:, :M], evaluate(scheme.basis, B, where), new)
+    key, old, basis = (operator.key, "old", M), operator.matrix[:, :M], scheme.basis
+    n, e = B.shape[-2:]
+    if _narrow(basis) or n * (M + e) > 2 * M * e:
+        return apply(key, old, evaluate(basis, B, where), new)
+    return apply(key, old, basis(_beside(where, B))) @ B + new  # C B, with the C of these positions
 
 
 def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: np.ndarray, counts: np.ndarray) -> Any:
@@ -128,13 +132,11 @@ def evaluate(basis: Basis, B: Any, where: Any) -> Any:
 
     On the CPU only the functions near each run of positions are made and multiplied.
     """
-    if not isinstance(where, np.ndarray):
-        return basis(cast(where, B.dtype)) @ B
-    if not _narrow(basis) or not on_cpu(B):
-        return basis(like_of(where, B)) @ B
+    if not isinstance(where, np.ndarray) or not _narrow(basis) or not on_cpu(B):
+        return basis(_beside(where, B)) @ B
     itemsize = 4 if "32" in str(B.dtype) else 8
-    at, runs = like_of(where, B), range(0, where.shape[-1], SAMPLES_AT_ONCE)
     centers, widths = basis.beside(B)
+    at, runs = like_of(where, B), range(0, where.shape[-1], SAMPLES_AT_ONCE)
     out = np.empty((*where.shape, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
     rows = []
     for row in np.ndindex(*where.shape[:-1]):
@@ -153,6 +155,11 @@ def evaluate(basis: Basis, B: Any, where: Any) -> Any:
         return out
     xp = namespace(B)
     return xp.reshape(xp.concat([part for parts in rows for part in parts], axis=0), (*where.shape, B.shape[-1]))
+
+
+def _beside(where: Any, B: Any) -> Any:
+    """Positions in the dtype of B, and where it is: NumPy's, or there already."""
+    return like_of(where, B) if isinstance(where, np.ndarray) else cast(where, B.dtype)
 
 
 def _narrow(basis: Basis) -> bool:

@@ -1,4 +1,4 @@
-"""Densities on [0, 1]: where a query looks, and what it sees there, E[x(t)] = E[psi(t)]^T B, in closed form.
+"""Densities on [0, 1]: where a query looks, and what it sees there of every function, E[psi(t)], in closed form.
 
 | density | p(t) | source |
 |---|---|---|
@@ -25,7 +25,7 @@ from ..backends.exchange import like as like_of
 from ..backends.special import NARROWEST, WIDEST, erf
 from . import checks
 from .basis import edges_in, positions_in
-from .signal import Signal, looked_at
+from .signal import weighted
 
 DENSITIES = ("truncated_gaussian", "gaussian", "sparsemax", "biweight")
 # p(m + a u) a = sum_k polynomial[k] u^k on [-1, 1]
@@ -33,46 +33,6 @@ POLYNOMIALS = {"sparsemax": (3 / 4, 0, -3 / 4), "biweight": (15 / 16, 0, -15 / 8
 # exact to rounding while the support is narrower than a function
 NODES, WEIGHTS = (a.tolist() for a in np.polynomial.legendre.leggauss(20))
 NARROW = 2.0  # half-width over sigma_j up to which they are used; beyond it the closed form cancels nothing
-
-
-def expected_value(signal: Signal, mean: Any, variance: Any, density: str = "truncated_gaussian") -> Any:
-    """What queries see that look at `signal` through a density each.
-
-    Parameters
-    ----------
-    signal : Signal
-        Coefficients (..., N, e).
-    mean : array (..., q)
-        Where each looks, in [0, 1].
-    variance : array (..., q), or a number for all
-        How widely; above 0, held within [1e-12, 1e12].
-    density : {"truncated_gaussian", "gaussian", "sparsemax", "biweight"}
-
-    Returns
-    -------
-    array (..., q, e)
-        In the dtype of the signal's samples.
-
-    Raises
-    ------
-    ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
-
-    Notes
-    -----
-    O(q N (1 + e)) time, O(q N) memory. Gradients reach the coefficients, `mean` and `variance`.
-    Source: ∞-former (arXiv 2109.00301), section 3.1. Differs from the paper in the default density: the paper's
-    Gaussian leaves more than half of its mass outside [0, 1] before training.
-    """
-    B = looked_at(signal)
-    mean, variance = looking(mean, variance, density, signal=B)
-    checks.leading(signal=(B, 2), mean=(mean, 1), variance=(variance, 1))
-    if signal.basis.kind == "rectangular":
-        seen = interval_mass(mean, variance, *signal.basis.beside(mean, edges=True), density)
-    elif mean.dtype == B.dtype:
-        return cast(expected(B, mean, variance, *signal.basis.beside(mean), density), signal.dtype)
-    else:
-        seen = expected_basis(mean, variance, *signal.basis.beside(mean), density)  # (..., q, N)
-    return signal.weighted(seen)
 
 
 def mass(mean: Any, variance: Any, edges: Any, density: str = "truncated_gaussian") -> Any:
@@ -94,7 +54,7 @@ def mass(mean: Any, variance: Any, edges: Any, density: str = "truncated_gaussia
     ------
     ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
     """
-    mean, variance = looking(mean, variance, density, mean=mean)
+    mean, variance = checked_densities(mean, variance, density, mean=mean)
     return interval_mass(mean, variance, cast(edges_in(edges, mean=mean), mean.dtype), density)
 
 
@@ -106,7 +66,7 @@ def attention_mass(mean: Any, variance: Any, edges: np.ndarray, density: str) ->
     return histogram(mean, variance, like_of(edges, mean), density)
 
 
-def looking(mean: Any, variance: Any, density: str, /, **beside: Any) -> tuple[Any, Any]:
+def checked_densities(mean: Any, variance: Any, density: str, /, **beside: Any) -> tuple[Any, Any]:
     """`mean` and `variance` checked beside the one array named in `beside`, and widened to what they are computed in.
 
     Raises
@@ -130,7 +90,7 @@ def looking(mean: Any, variance: Any, density: str, /, **beside: Any) -> tuple[A
 @kernel
 def expected(B: Any, mean: Any, variance: Any, centers: Any, widths: Any, density: str) -> Any:
     """E[psi(t)]^T B: (..., N, e), (..., q), (..., q), (N,), (N,) -> (..., q, e)."""
-    return expected_basis(mean, variance, centers, widths, density) @ B
+    return weighted(expected_basis(mean, variance, centers, widths, density), B, B.dtype)
 
 
 @kernel
@@ -145,13 +105,19 @@ def expected_basis(mean: Any, variance: Any, centers: Any, widths: Any, density:
     if density == "gaussian":
         return seen
     share = variance / total
-    product_mean = centers * share + mean * (1 - share)
+    product_mean = centers * share + mean * (widths * widths / total)
     product_deviation = widths * xp.sqrt(share)
     return seen * _inside(product_mean, product_deviation) / _inside(mean, xp.sqrt(variance))
 
 
+def inside_mass(mean: Any, variance: Any) -> Any:
+    """Mass of each normal density inside [0, 1]: (..., q), (..., q) -> (..., q)."""
+    xp = namespace(mean)
+    return _inside(mean, xp.sqrt(xp.clip(variance, NARROWEST, WIDEST)))
+
+
 def _inside(mean: Any, deviation: Any) -> Any:
-    """Mass of a normal distribution inside [0, 1]; nothing cancels while the mean lies inside."""
+    """The same by deviation; nothing cancels while the mean lies inside."""
     scale = 1 / (deviation * math.sqrt(2))
     return 0.5 * (erf((1 - mean) * scale) + erf(mean * scale))
 

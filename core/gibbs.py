@@ -17,7 +17,7 @@ from ..backends.exchange import to_numpy
 from . import checks
 from .attention import masked_softmax
 from .basis import Basis, edges_in
-from .signal import Signal, looked_at
+from .signal import Signal, looked_at, weighted
 
 
 def gibbs_value(signal: Signal, energies: Any) -> Any:
@@ -55,7 +55,7 @@ def gibbs_value(signal: Signal, energies: Any) -> Any:
     B = looked_at(signal)
     checks.floating_arrays(signal=B, energies=energies)
     checks.leading(signal=(B, 2), energies=(energies, 2))
-    return signal.weighted(gibbs_shares(energies, signal.basis))
+    return weighted(gibbs_shares(energies, signal.basis), B, signal.dtype)
 
 
 def gibbs_mass(energies: Any, basis: Basis, edges: Any) -> Any:

@@ -10,6 +10,7 @@ from ..backends import kernel
 from ..backends.arrays import inspectable, namespace
 from ..backends.errors import ArgumentError
 from ..backends.exchange import like
+from ..backends.special import ranks
 
 
 def centred(n: int) -> np.ndarray:
@@ -62,7 +63,7 @@ def resample(histogram: Any, samples: int, rng: np.random.Generator | None = Non
 def systematic(histogram: Any, samples: int, shift: Any = 0.5) -> Any:
     """The formula of `resample` for arrays of any framework: (..., D) -> (..., samples), ascending.
 
-    shift (..., 1) in [0, 1), or one number for all. Memory O(samples x D) a row.
+    shift (..., 1) in [0, 1), or one number for all.
     """
     xp = namespace(histogram)
     bins = histogram.shape[-1]
@@ -72,24 +73,8 @@ def systematic(histogram: Any, samples: int, shift: Any = 0.5) -> Any:
     ends = xp.cumulative_sum(mass, axis=-1)
     steps = xp.arange(samples, dtype=histogram.dtype, device=histogram.device)
     wanted = (steps + shift) / samples * ends[..., -1:]
-    bin_ = xp.sum(xp.astype(wanted[..., None] >= ends[..., None, :-1], xp.int64), axis=-1)  # (..., samples)
+    bin_ = ranks(ends[..., :-1], wanted)  # (..., samples)
     width = xp.take_along_axis(mass, bin_, axis=-1)
     begin = xp.take_along_axis(ends, bin_, axis=-1) - width
     inside = (wanted - begin) / xp.where(width > 0, width, xp.ones_like(width))
     return (xp.astype(bin_, histogram.dtype) + xp.clip(inside, 0, 1)) / bins
-
-
-def fraction(argument: str, value: Any) -> float:
-    """`value` as a float strictly between 0 and 1.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 < number < 1:
-        raise ArgumentError(argument, "a number strictly between 0 and 1", repr(value), f"Pass {argument}=0.5.")
-    return number

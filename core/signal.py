@@ -14,7 +14,7 @@ from . import checks
 from .basis import Basis, positions_in
 from .consolidation import Scheme, apply, updated
 from .cross_validation import validated_ridge
-from .positions import centred, fraction, resample
+from .positions import centred, resample
 from .report import SignalReport, signal_report
 from .ridge import fit_operator
 
@@ -115,7 +115,7 @@ class Signal:
         Gradients reach the coefficients and `x_new`. Source: ∞-former (arXiv 2109.00301), sections 3.2 and 3.3.
         Differs from the paper in that both parts are sampled at midpoints.
         """
-        tau, M = fraction("contraction", contraction), checks.count("samples", samples)
+        tau, M = checks.number("contraction", contraction, 0, 1), checks.count("samples", samples)
         B = self.coefficients
         checks.floating_arrays(coefficients=B, x_new=x_new)
         checks.shape("x_new", x_new, *B.shape[:-2], "L", B.shape[-1])
@@ -140,10 +140,6 @@ class Signal:
         if where.shape[-1] == 0 or where.ndim - 1 > len(lead):
             raise ShapeError("where", f"(..., D) with leading axes {lead}", str(tuple(where.shape)), "Reshape it.")
         return np.broadcast_to(to_numpy(where).astype(np.float64), (*lead, where.shape[-1]))
-
-    def weighted(self, seen: Any) -> Any:
-        """E[x(t)] = E[psi(t)]^T B, from `seen`, E[psi(t)], of every query: (..., q, N) -> (..., q, e)."""
-        return cast(cast(seen, self.coefficients.dtype) @ self.coefficients, self.dtype)
 
     def report(
         self,
@@ -173,7 +169,7 @@ class Signal:
         """
         scheme = Scheme(self.basis, self.ridge, checks.count("samples", samples), self.original)
         length = self.segment if segment is None else checks.count("segment", segment)
-        return signal_report(scheme, length, fraction("contraction", contraction), features)
+        return signal_report(scheme, length, checks.number("contraction", contraction, 0, 1), features)
 
 
 def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) -> Signal:
@@ -238,6 +234,11 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
     operator = fit_operator(basis, where, used)
     coefficients = apply(operator.key, operator.matrix, wide)
     return Signal(coefficients, basis, used, x.dtype, length)
+
+
+def weighted(seen: Any, B: Any, dtype: Any) -> Any:
+    """E[x(t)] = E[psi(t)]^T B in `dtype`, from `seen`, E[psi(t)], of every query: (..., q, N) -> (..., q, e)."""
+    return cast(cast(seen, B.dtype) @ B, dtype)
 
 
 def looked_at(signal: Any) -> Any:

@@ -43,6 +43,9 @@ def multiply(matrix: Any, tiles: Windows, x: Any, addend: Any = None) -> Any:
     """matrix @ x + addend over the windows: (N, L), (..., L, e) -> (..., N, e). NumPy's addend becomes the result."""
     if len(tiles) == 1 or not on_cpu(x):
         made = matrix @ x
+        if addend is not None and framework(x) == "numpy":
+            made += addend
+            return made
         return made if addend is None else made + addend
     if framework(x) != "numpy":
         made = namespace(x).concat([matrix[a:b, c:d] @ x[..., c:d, :] for a, b, c, d in tiles], axis=-2)

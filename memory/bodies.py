@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends.errors import FileError, StoreError
-from .disk import refuse_odd, sync_folder
+from .disk import SAFELY, refuse_odd, sync_folder, write_at
 
 FILE = "bodies"
 BLOCK = 4096  # bytes; parts begin and end at multiples of it
@@ -28,9 +28,7 @@ class Bodies:
     def __init__(self, folder: Path, readonly: bool):
         self.path, self.readonly = folder / FILE, readonly
         refuse_odd(self.path, missing_ok=not readonly)
-        flags = os.O_RDONLY if readonly else os.O_RDWR | os.O_CREAT
-        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
-            flags |= getattr(os, name, 0)
+        flags = SAFELY | (os.O_RDONLY if readonly else os.O_RDWR | os.O_CREAT)
         new = not self.path.exists()
         try:
             self.descriptor = os.open(self.path, flags, 0o600)
@@ -164,9 +162,7 @@ class Bodies:
 
     def _write(self, part: memoryview, start: int) -> None:
         with self._errors():
-            while part:
-                written = os.pwrite(self.descriptor, part, start)
-                part, start = part[written:], start + written
+            write_at(self.descriptor, part, start)
 
     def _errors(self) -> _Errors:
         return _Errors(self.path)

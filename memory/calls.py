@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..backends.errors import FileError, StoreError
-from .entry import Entry
+from .entry import Entry, encoded
 from .guard import Guard
 from .kinds import REPEATED
 from .quota import Quota
-from .record import encode
+from .record import Record, encode
+from .rows import listed
 from .session import Session
 from .shelf import Shelf
 
@@ -78,17 +79,22 @@ class Calls:
         ------
         QuotaError, StoreError, FileError, and what the memory's write raises
         """
+        if source is not None:
+            encoded(source, "source")
         with self.writing(entry) as guard:
-            call = guard.bind(args, kwargs)
-            record, arguments = encode("write", {"call": call, "source": source})
-            self.quota.admit(entry, record.nbytes)
-            guard.write(arguments["call"], source)
+            record, arguments = encode("write", {"call": guard.bind(args, kwargs), "source": source})
+            repeated, whole = entry.about["kind"] in REPEATED, entry.whole
+            entry.whole = whole or not repeated
+            try:
+                grown = guard.nbytes + guard.growth(arguments["call"], record.nbytes)
+                with self.quota.admitted(entry, record.nbytes if repeated else 0, grown):
+                    guard.write(arguments["call"], source)
+            except BaseException:
+                entry.whole = whole
+                raise
             entry.touched = True
-            if entry.about["kind"] in REPEATED:
-                entry.waiting.append(record)
-                self.quota.wait(entry, record.nbytes)
-            else:
-                entry.whole = True
+            if repeated:
+                self._wait(entry, record)
 
     def clear(self, entry: Entry, rows: Any) -> None:
         """Clear now, and see to it that what was cleared leaves the disk.
@@ -98,15 +104,25 @@ class Calls:
         ArgumentError, StoreError, FileError
         """
         with self.writing(entry) as guard:
-            record, _ = encode("clear", {"rows": None if rows is None else list(rows)})
-            guard.clear(rows if rows is None else list(rows))
+            chosen = None if rows is None else listed(rows, len(guard.counts))
+            record, _ = encode("clear", {"rows": chosen})
+            guard.clear(chosen)
             entry.touched = True
+            longer = entry.bytes + record.nbytes
             if rows is None or entry.about["kind"] not in REPEATED:  # an empty state is smaller than the calls
-                self.quota.wait(entry, -entry.waiting_bytes)
-                entry.waiting, entry.whole = [], True
+                entry.waiting, entry.waiting_bytes, entry.whole = [], 0, True
+                entry.bytes = min(entry.bytes, guard.nbytes)
+            elif entry.whole or not self.quota.fits(entry, longer):  # to forget is never refused
+                entry.whole = True
             else:
-                entry.waiting.append(record)
-                self.quota.wait(entry, record.nbytes)
+                entry.bytes = longer
+                self._wait(entry, record)
+            self.quota.count(entry)
+
+    def _wait(self, entry: Entry, record: Record) -> None:
+        entry.waiting.append(record)
+        entry.waiting_bytes += record.nbytes
+        self.quota.count(entry)
 
     @contextlib.contextmanager
     def writing(self, entry: Entry) -> Iterator[Guard]:
@@ -119,6 +135,21 @@ class Calls:
                 if entry.guard is guard:  # else it left main memory in between
                     yield guard
                     return
+
+    def commit(self, work: list[Entry]) -> None:
+        """Make what waits in `work`, and all deletions, durable; with the connection to oneself.
+
+        Raises
+        ------
+        StoreError, FileError
+        """
+        try:
+            self.session.commit(work)
+        finally:
+            for entry in work:
+                with entry.lock:
+                    self.quota.count(entry)
+        self.shelf.trim(work)
 
     def follow(self) -> None:
         """In a store that is open for reading only: see what has been committed since; with its connection to oneself.

@@ -46,7 +46,7 @@ class Catalogue:
             if entry is None or entry.place is None or entry.place.id != place.id:
                 entry = Entry(name, about, place, None)
             elif entry.place.chain != place.chain:
-                entry.place = place
+                entry.lies(place)
             found[name] = entry
         for name, entry in self.entries.items():
             entry.deleted = found.get(name) is not entry
@@ -136,9 +136,25 @@ class Catalogue:
         del self.dropped[: len(dropped)]
         for entry, place in after:
             with entry.lock:
-                entry.place = place
+                most = entry.bytes
+                entry.lies(place)
+                if entry.whole:  # something was done to it meanwhile, and its state is to follow
+                    entry.bytes = max(most, entry.bytes)
                 if entry.deleted:  # while it was being written
                     self.dropped.append(place.id)
+
+    def give_back(self) -> None:
+        """Return free space to the file system, and overwrite with zeros what cannot be returned.
+
+        Raises
+        ------
+        StoreError, FileError
+        """
+        self.engine.shrink()
+        facts = {**self.facts, "commits": self.facts["commits"] + 1}
+        if self.engine.tidy(facts):
+            self.facts = facts
+        self.engine.bodies.wipe()
 
     def _write(self, entry: Entry, facts: dict[str, int], taken: list[Any], after: list[Any]) -> None:
         with entry.lock:
@@ -161,20 +177,23 @@ class Catalogue:
 
     def _wait_again(self, entry: Entry, calls: list[Record], whole: bool) -> None:
         with entry.lock:
-            entry.waiting[:0] = calls
-            entry.waiting_bytes += sum(record.nbytes for record in calls)
+            if entry.waiting is not calls:  # it is, where the commit was interrupted before it had taken them
+                entry.waiting[:0] = calls
+            entry.waiting_bytes = sum(record.nbytes for record in entry.waiting)
             entry.whole, entry.touched = entry.whole or whole, True
 
     @staticmethod
     def outgrown(entry: Entry, place: Place, guard: Guard) -> bool:
         """Whether so much of the records is overwritten, or they are so many, that a state should replace them."""
-        most = max(FEWEST_BYTES, WASTE * guard.memory.nbytes)
+        most = max(FEWEST_BYTES, WASTE * guard.nbytes)
         return entry.bytes > most or place.records + len(entry.waiting) > MOST_RECORDS
 
-    @staticmethod
-    def compactable(place: Place) -> bool:
+    def compactable(self, place: Place) -> bool:
         """Whether a checkpoint should write a memory's state: its calls are many, large, or hold what was cleared."""
-        return place.stale or place.records > MOST_CALLS or place.call_bytes > place.state_bytes
+        if place.stale or place.records > MOST_CALLS or place.records == 1:
+            return place.records > 1
+        state = place.state_bytes or self.engine.record_bytes(place.id, 0)  # known, once it has been read
+        return place.size > 2 * state
 
     def verify(self) -> None:
         """Compare everything with its checksums; inside a transaction.

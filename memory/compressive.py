@@ -13,15 +13,13 @@ from ..backends.exchange import like as like_of
 from ..backends.exchange import to_numpy
 from ..core import checks
 from ..core.compression import METHODS, checked_weights, compress
-from .file import Savable
-from .lock import ReadWriteLock, exclusive, shared
-from .recurrent import DTYPES, restore_window, window_arrays
-from .rows import detached, listed, segment
-from .state import pack, rebuilt, unpack
-from .window import States, Window
+from .lock import exclusive, shared
+from .rows import detached, listed
+from .state import pack, rebuilt
+from .windowed import Windowed
 
 
-class CompressiveMemory(Savable):
+class CompressiveMemory(Windowed):
     """The newest `capacity` states of every row, and before them `compressed` summaries of `rate` older states each.
 
     Parameters
@@ -63,6 +61,8 @@ class CompressiveMemory(Savable):
     array([ 1.5,  5.5,  8. ,  9. , 10. ], dtype=float32)
     """
 
+    _kind = "CompressiveMemory"
+
     def __init__(
         self,
         rows: int,
@@ -75,45 +75,19 @@ class CompressiveMemory(Savable):
         weights: tuple[Any, ...] = (),
         dtype: str = "float32",
     ):
-        self._lock = ReadWriteLock()
-        self.rows, self.dim = checks.count("rows", rows), checks.count("dim", dim)
-        self.capacity, self.compressed = checks.count("capacity", capacity), checks.count("compressed", compressed)
+        super().__init__(rows, dim, capacity, dtype)
+        self.compressed = checks.count("compressed", compressed)
         self.rate, self.method = checks.count("rate", rate), checks.choice("method", method, METHODS)
-        self.dtype = checks.choice("dtype", dtype, DTYPES)
         self.weights = checked_weights(self.method, self.rate, self.dim, weights)
-        self._recent = Window(self.rows, self.capacity + self.rate - 1, self.dim, self.dtype)
-        self._older = Window(self.rows, self.compressed, self.dim, self.dtype)
+        self._older, self._recent = self._window(self.compressed), self._window(self.capacity + self.rate - 1)
+        self._windows = {"older": self._older, "recent": self._recent}
 
     @property
     def tokens(self) -> np.ndarray:
         """Tokens remembered now, the compressed ones counted as `rate` each, int64 (rows,)."""
         return self._recent.stored + self.rate * self._older.stored
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all states."""
-        return self._recent.nbytes + self._older.nbytes
-
-    @exclusive
-    def write(self, x: Any, rows: Sequence[int] | None = None, mask: Any = None) -> None:
-        """Append hidden states; what exceeds the capacity is compressed, block by block.
-
-        Parameters
-        ----------
-        x : array (rows, n, dim)
-            Any n.
-        rows : sequence of int, optional
-            Which rows the first axis stands for, each at most once; all by default.
-        mask : bool array (rows, n), optional
-            False is padding, and not stored.
-
-        Raises
-        ------
-        ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
-            In every case nothing has been written.
-        """
-        chosen = listed(rows, self.rows)
-        x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
+    def _append(self, x: Any, present: np.ndarray, chosen: list[int]) -> None:
         weights = self._weights_beside(x)
         gone, usage, leaving = self._recent.append(x, present, chosen, self.capacity, self.rate)
         blocks = leaving // self.rate
@@ -167,61 +141,15 @@ class CompressiveMemory(Savable):
         self._recent.usage[chosen, self._recent.width - m :] += mass
 
     @shared
-    def read(self, like: Any = None, rows: Sequence[int] | None = None) -> States:
-        """All states of every row, to attend to before those of the present segment: compressed first, then recent.
-
-        Parameters
-        ----------
-        like : array (...), optional
-            In whose framework and on whose device they are wanted; those of the last write by default.
-        rows : sequence of int, optional
-            Which rows; all by default.
-
-        Returns
-        -------
-        States
-            states (rows, m, dim) and mask (rows, m).
-
-        Raises
-        ------
-        ArgumentError
-        """
-        chosen, like = listed(rows, self.rows), self._recent.states if like is None else like
-        older, recent = self._older.read(like, chosen), self._recent.read(like, chosen)
-        xp = namespace(like)
-        return States(xp.concat([older.states, recent.states], axis=1), xp.concat([older.mask, recent.mask], axis=1))
-
-    @exclusive
-    def clear(self, rows: Sequence[int] | None = None) -> None:
-        """Forget everything in `rows`, or in all of them.
-
-        Raises
-        ------
-        ArgumentError
-        """
-        for window in (self._recent, self._older):
-            window.clear(listed(rows, self.rows))
-
-    @shared
     def state_dict(self) -> dict[str, np.ndarray]:
         """States, counts and weights as a flat dict of arrays; "config" holds the rest as JSON bytes."""
         names = ("rows", "dim", "capacity", "compressed", "rate", "method", "dtype")
-        arrays = window_arrays("recent", self._recent) | window_arrays("older", self._older)
-        arrays |= {f"weights.{i}": np.array(to_numpy(detached(w))) for i, w in enumerate(self.weights)}
-        return pack("CompressiveMemory", {name: getattr(self, name) for name in names}, arrays)
+        arrays = self._arrays() | {f"weights.{i}": np.array(to_numpy(detached(w))) for i, w in enumerate(self.weights)}
+        return pack(self._kind, {name: getattr(self, name) for name in names}, arrays)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state` describes; its behaviour is bit-identical from here on.
-
-        Raises
-        ------
-        ArgumentError
-            No state of a CompressiveMemory, or an altered one.
-        """
-        config, arrays = unpack("CompressiveMemory", state)
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         weights = tuple(arrays[f"weights.{i}"] for i in range(2) if f"weights.{i}" in arrays)
         memory = rebuilt(cls, config, weights=weights)
-        restore_window(memory._recent, "recent", arrays)
-        restore_window(memory._older, "older", arrays)
+        memory._put_back(arrays)
         return memory

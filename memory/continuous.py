@@ -12,28 +12,28 @@ from ..backends.arrays import computing_dtype, framework, namespace
 from ..backends.devices import HOST, place_of
 from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
-from ..backends.parcels import Parcel, send
 from ..core import checks, original
 from ..core.attention import Reading
-from ..core.basis import Basis, gaussian_basis, positions_in
-from ..core.consolidation import Scheme, fitted, updated, updated_in_bins
-from ..core.density import DENSITIES, expected_value
-from ..core.positions import fraction, resample
-from ..core.report import SignalReport, signal_report, smallest_scheme
+from ..core.basis import Basis, gaussian_basis
+from ..core.consolidation import Scheme
+from ..core.density import DENSITIES
+from ..core.expectation import expected_value
 from ..core.signal import Signal, penalty
 from .file import Savable
-from .lock import ReadWriteLock
+from .foresight import Foresight
+from .lock import ReadWriteLock, exclusive, shared
 from .rows import detached, listed, segment, taken
-from .state import counts, pack, rebuilt, required, unpack
-from .sticky import bins_drawn, drawn_bins, generator, histogram_of, resumed
-from .timeline import KNOTS, Kept, Timeline
+from .signals import Signals
+from .state import counts, pack, rebuilt, required
+from .sticky import bins_drawn, generator, histogram_of, resumed
+from .timeline import KNOTS
 
 DTYPES = ("float32", "float64")
 COMPATIBLE = ("infinite-former",)
 SEGMENT = 512  # tokens a report supposes a write to bring, until one has
 
 
-class ContinuousMemory(Savable):
+class ContinuousMemory(Foresight, Savable):
     """Unbounded memory of fixed size: a signal x(t) on [0, 1] a row, contracted whenever new tokens come.
 
     Parameters
@@ -98,6 +98,8 @@ class ContinuousMemory(Savable):
     True
     """
 
+    _kind = "ContinuousMemory"
+
     def __init__(
         self,
         rows: int,
@@ -118,7 +120,7 @@ class ContinuousMemory(Savable):
     ):
         self.rows, self.dim = checks.count("rows", rows), checks.count("dim", dim)
         self.basis = basis if isinstance(basis, Basis) else gaussian_basis(checks.count("basis", basis))
-        self.contraction, self.sticky = fraction("contraction", contraction), bool(sticky)
+        self.contraction, self.sticky = checks.number("contraction", contraction, 0, 1), bool(sticky)
         self.segment = None if segment is None else checks.count("segment", segment)
         self.density, self.bins = checks.choice("density", density, DENSITIES), checks.count("bins", bins)
         self.dtype = checks.choice("dtype", dtype, DTYPES)
@@ -126,74 +128,17 @@ class ContinuousMemory(Savable):
         if self.compat:
             self.density, self.bins = "gaussian", original.BINS
         self.scheme = Scheme(self.basis, penalty(ridge), checks.count("samples", samples), self.compat is not None)
-        self._rng = generator(seed)
         self._lock = ReadWriteLock()
-        self._written = np.zeros(self.rows, np.int64)
-        self._timeline = Timeline(self.rows)
-        self._last_segment = self.segment or SEGMENT
-        self._coefficients: Any = np.zeros((self.rows, len(self.basis), self.dim), self.dtype)
-        self._place = None if device is None else place_of(device)
-        self._settle_in()
-
-    @classmethod
-    def for_horizon(
-        cls,
-        tokens: int,
-        error: float = 0.3,
-        *,
-        rows: int,
-        dim: int,
-        segment: int = 512,
-        features: int | None = None,
-        most: int = 2048,
-        **settings: Any,
-    ) -> Self:
-        """The smallest memory that still recalls what came `tokens` ago with at most that predicted relative error.
-
-        Parameters
-        ----------
-        tokens : int
-            How far back.
-        error : float
-            In (0, 1).
-        rows, dim : int
-        segment : int
-            Tokens a write brings.
-        features : int, optional
-            How many independent features a segment carries; segment/16 by default.
-        most : int
-            Largest N tried.
-        **settings
-            `settings` are passed on to the constructor.
-
-        Returns
-        -------
-        ContinuousMemory
-            With N a power of two, widths scaled to it, and the contraction that predicts the least error.
-
-        Raises
-        ------
-        ArgumentError
-            No N up to `most` reaches it; the message names the best error there.
-        """
-        length = checks.count("segment", segment)
-        features = checks.count("features", max(length // 16, 1) if features is None else features)
-        ridge = penalty(settings.pop("ridge", 1e-3))
-        scheme, contraction = smallest_scheme(
-            checks.count("tokens", tokens),
-            fraction("error", error),
-            ridge,
-            length,
-            features,
-            checks.count("most", most),
+        place = None if device is None else place_of(device)
+        self._signals = Signals(
+            self.rows, self.dim, self.dtype, self.scheme, self.contraction, self.segment, generator(seed), place
         )
-        n, samples = len(scheme.basis), scheme.samples
-        return cls(rows, dim, n, contraction, ridge, samples=samples, segment=length, **settings)
+        self._last_segment = self.segment or SEGMENT
 
     @property
     def tokens(self) -> np.ndarray:
         """Tokens written since the row was last cleared, int64 (rows,)."""
-        return self._written.copy()
+        return self._signals.written.copy()
 
     @property
     def nbytes(self) -> int:
@@ -203,14 +148,18 @@ class ContinuousMemory(Savable):
     @property
     def device(self) -> Any:
         """Where the coefficients live: "cpu" for NumPy's, else the device's own object."""
-        return getattr(self._coefficients, "device", "cpu")
+        return getattr(self._signals.coefficients, "device", "cpu")
 
     @property
     def signal(self) -> Signal:
         """What is remembered, with leading axis (rows,); rows that nothing was written to are zero."""
-        B, scheme = self._coefficients, self.scheme
-        return Signal(B, self.basis, scheme.ridge, B.dtype, self._last_segment, scheme.original)
+        return self._signal(self._signals.coefficients)
 
+    def _signal(self, B: Any, dtype: Any = None) -> Signal:
+        scheme = self.scheme
+        return Signal(B, self.basis, scheme.ridge, dtype or B.dtype, self._last_segment, scheme.original)
+
+    @exclusive
     def write(
         self, x: Any, attention: Any = None, rows: Sequence[int] | None = None, mask: Any = None, draws: Any = None
     ) -> None:
@@ -239,8 +188,8 @@ class ContinuousMemory(Savable):
         -----
         Gradients reach x through the newest segment only; what is remembered is detached.
         """
-        with HOST.watched() if self._place is None else self._place.watched():
-            self._write(self._here(x), attention, rows, mask, draws)
+        with (self._signals.place or HOST).watched():
+            self._write(self._signals.here(x), attention, rows, mask, draws)
 
     def _write(self, x: Any, attention: Any, rows: Sequence[int] | None, mask: Any, draws: Any) -> None:
         chosen = listed(rows, self.rows)
@@ -253,59 +202,8 @@ class ContinuousMemory(Savable):
             if not self.compat:
                 raise ArgumentError("draws", "None without compat", "an array", "Pass compat='infinite-former'.")
             draws = bins_drawn("draws", draws, (len(chosen), self.scheme.samples), self.bins)
-        old = self._beside(x)
-        changed: dict[int, Any] = {}
-        moves: list[tuple[int, Any, int]] = []
-        lengths = present.sum(axis=1)
-        kinds = list(zip((self._written[chosen] == 0).tolist(), lengths.tolist(), strict=True))
-        for fresh, length in sorted(set(kinds)):
-            if length == 0:
-                continue
-            group = [i for i, kind in enumerate(kinds) if kind == (fresh, length)]
-            new, of = taken(x, group, present), [chosen[i] for i in group]
-            if fresh:
-                made = fitted(self.scheme, new)
-                moves += [(row, None, length) for row in of]
-            else:
-                of_group = (None if a is None else a[group] for a in (histogram, draws))
-                made, where = self._contracted(taken(old, of), new, *of_group)
-                moves += [(row, Kept(where, j), length) for j, row in enumerate(of)]
-            if of == list(range(self.rows)):
-                whole = made
-                break
-            changed |= {row: made[j, ...] for j, row in enumerate(of)}
-        else:
-            xp, whole = namespace(old), self._coefficients
-            if changed:
-                whole = xp.stack([changed.get(r, old[r, ...]) for r in range(self.rows)])
-        with self._lock.writing:
-            self._coefficients = whole
-            for row, at, length in moves:
-                if at is None:
-                    self._timeline.start(row, length)
-                else:
-                    self._timeline.contract(row, self._contraction(length), at, length)
-            self._written[chosen] += lengths
-            self._last_segment = int(lengths.max(initial=0)) or self._last_segment
-
-    def _contracted(self, B: Any, x: Any, histogram: Any, draws: np.ndarray | None) -> tuple[Any, np.ndarray | Parcel]:
-        """Coefficients (group, N, dim) after a write of x (group, n, dim) to B, and which positions of B were kept."""
-        contraction = self._contraction(x.shape[1])
-        if self.compat and draws is None and histogram is not None:
-            draws = drawn_bins(histogram, self.scheme.samples, self._rng)
-        if draws is not None:
-            counts = original.counts_of_draws(draws)
-            made = updated_in_bins(self.scheme, B, x, contraction, original.left_edges(), counts)
-            return made, np.sort(draws, axis=1) / self.bins
-        if histogram is None:
-            evenly = np.broadcast_to(self.scheme.old_positions(), (x.shape[0], self.scheme.samples))
-            return updated(self.scheme, B, x, contraction), evenly
-        where = resample(histogram, self.scheme.samples, self._rng)
-        made = updated(self.scheme, B, x, contraction, where)
-        return made, where if isinstance(where, np.ndarray) else send(where)  # the timeline can wait for it
-
-    def _contraction(self, length: int) -> float:
-        return self.contraction ** (1 if self.segment is None else length / self.segment)
+        self._signals.append(x, present, chosen, histogram, draws)
+        self._last_segment = int(present.sum(axis=1).max(initial=0)) or self._last_segment
 
     def read(self, mean: Any, variance: Any, density: str | None = None, rows: Sequence[int] | None = None) -> Reading:
         """What queries see that look at the memory through a density each.
@@ -330,11 +228,11 @@ class ContinuousMemory(Savable):
         ------
         ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
         """
-        reading = self._read(self._here(mean), self._here(variance), density, rows)
-        if self._place is None or self._here(mean) is mean:
+        place, here = self._signals.place, self._signals.here
+        reading = self._read(here(mean), here(variance), density, rows)
+        if place is None or here(mean) is mean:
             return reading
-        lse = self._place.give(reading.lse, mean, computing_dtype(mean))
-        return Reading(self._place.give(reading.output, mean), lse)
+        return Reading(place.give(reading.output, mean), place.give(reading.lse, mean, computing_dtype(mean)))
 
     def _read(self, mean: Any, variance: Any, density: str | None, rows: Sequence[int] | None) -> Reading:
         chosen = listed(rows, self.rows)
@@ -349,46 +247,13 @@ class ContinuousMemory(Savable):
         flat = (shape[0], math.prod(shape[1:]))
         mean, variance = xp.reshape(mean, flat), xp.reshape(xp.broadcast_to(variance, shape), flat)
         with self._lock.reading:
-            B, written = taken(self._beside(mean, keep_graph=True), chosen), self._written[chosen]
-        signal = Signal(B, self.basis, self.scheme.ridge, mean.dtype, self._last_segment, self.scheme.original)
-        output = expected_value(signal, mean, variance, density or self.density)
+            B, written = taken(self._signals.beside(mean, keep_graph=True), chosen), self._signals.written[chosen]
+        output = expected_value(self._signal(B, mean.dtype), mean, variance, density or self.density)
         empty = like(np.where(written > 0, 0.0, -np.inf), mean, computing_dtype(mean))
         lse = xp.broadcast_to(xp.reshape(empty, (shape[0],) + (1,) * (len(shape) - 1)), shape)
         return Reading(xp.reshape(output, (*shape, self.dim)), lse)
 
-    def shown(self, t: Any, rows: Sequence[int] | None = None) -> np.ndarray:
-        """Which token of its history a row shows at each place, by how many came before it.
-
-        Parameters
-        ----------
-        t : array (T,), or plain numbers
-            Places in [0, 1].
-        rows : sequence of int, optional
-            Which rows; all by default.
-
-        Returns
-        -------
-        float64 array (rows, T)
-            Ascending along t where t ascends; where it climbs steeply, many tokens share little room.
-
-        Raises
-        ------
-        ArgumentError, NonFiniteError, DTypeError
-        """
-        chosen, t = listed(rows, self.rows), checks.plain("t", t)
-        checks.shape("t", t, "T", whole=True)
-        return self._timeline.at(positions_in("t", t, t=t), chosen)
-
-    def report(self, segment: int | None = None, features: int | None = None) -> SignalReport:
-        """What this memory can hold, segments of `segment` tokens with `features` each; see Signal.report.
-
-        Raises
-        ------
-        ArgumentError
-        """
-        length = self._last_segment if segment is None else checks.count("segment", segment)
-        return signal_report(self.scheme, length, self._contraction(length), features)
-
+    @exclusive
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget everything in `rows`, or in all of them.
 
@@ -397,49 +262,34 @@ class ContinuousMemory(Savable):
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
-        chosen = listed(rows, self.rows)
-        B = detached(self._coefficients)
-        kept = np.ones((self.rows, 1, 1), bool)
-        kept[chosen] = False
-        xp = namespace(B)
-        with self._lock.writing:
-            self._coefficients = xp.where(like(kept, B), B, xp.zeros_like(B))
-            self._written[chosen] = 0
-            self._timeline.tokens[chosen] = 0
+        self._signals.clear(listed(rows, self.rows))
 
+    @shared
     def state_dict(self) -> dict[str, np.ndarray]:
         """Coefficients, counts and basis as a flat dict of arrays; "config" holds the rest as JSON bytes."""
         names = ("rows", "dim", "contraction", "sticky", "segment", "density", "bins", "dtype", "compat")
         config = {name: getattr(self, name) for name in names}
         config |= {"ridge": self.scheme.ridge, "samples": self.scheme.samples, "kind_of_basis": self.basis.kind}
-        with self._lock.reading:
-            config |= {"generator": self._rng.bit_generator.state, "last_segment": self._last_segment}
-            B = np.array(to_numpy(detached(self._coefficients)))
-            arrays = {"coefficients": B, "written": self.tokens, "shown": self._timeline.tokens.copy()}
+        signals = self._signals
+        config |= {"generator": signals.rng.bit_generator.state, "last_segment": self._last_segment}
+        B = np.array(to_numpy(detached(signals.coefficients)))
+        arrays = {"coefficients": B, "written": self.tokens, "shown": signals.timeline.tokens.copy()}
         arrays |= {"centers": self.basis.centers.copy(), "widths": self.basis.widths.copy()}
-        return pack("ContinuousMemory", config, arrays)
+        return pack(self._kind, config, arrays)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state` describes; its behaviour is bit-identical from here on.
-
-        Raises
-        ------
-        ArgumentError
-            No state of a ContinuousMemory, or an altered one.
-        """
-        config, arrays = unpack("ContinuousMemory", state)
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         generator, last, kind = (config.pop(name, None) for name in ("generator", "last_segment", "kind_of_basis"))
         centers, widths = (required(arrays, name, (None,), np.float64) for name in ("centers", "widths"))
         basis = Basis(centers, widths, kind)
         memory = rebuilt(cls, config, basis=basis)
-        memory._rng = resumed(generator)
         memory._last_segment = checks.count("last_segment", last)
-        shape = (memory.rows, len(basis), memory.dim)
-        memory._coefficients = required(arrays, "coefficients", shape, np.dtype(memory.dtype))
-        memory._written = counts(arrays, "written", memory.rows)
-        memory._timeline.tokens = required(arrays, "shown", (memory.rows, KNOTS), np.float64)
-        checks.finite(**{"state['coefficients']": memory._coefficients, "state['shown']": memory._timeline.tokens})
+        signals, shape = memory._signals, (memory.rows, len(basis), memory.dim)
+        signals.rng = resumed(generator)
+        signals.coefficients = required(arrays, "coefficients", shape, np.dtype(memory.dtype))
+        signals.written = counts(arrays, "written", memory.rows)
+        signals.timeline.tokens = required(arrays, "shown", (memory.rows, KNOTS), np.float64)
+        checks.finite(**{"state['coefficients']": signals.coefficients, "state['shown']": signals.timeline.tokens})
         return memory
 
     def to(self, device: Any, device_capacity: None = None) -> Self:
@@ -452,33 +302,8 @@ class ContinuousMemory(Savable):
             For kinds of memory that hold tokens.
         """
         if device_capacity is not None:
-            raise ArgumentError(
-                "device_capacity", "None for a continuous memory", repr(device_capacity), "Leave it out."
-            )
-        made, made_place = self.from_state_dict(self.state_dict()), place_of(device)
-        made._place = made_place
-        made._settle_in()
+            expected = "None, for there are no tokens to keep elsewhere"
+            raise ArgumentError("device_capacity", expected, repr(device_capacity), "Leave it out.")
+        place, made = place_of(device), self.from_state_dict(self.state_dict())
+        made._signals.move(place)
         return made
-
-    def _settle_in(self) -> None:
-        """Bring the coefficients to where they shall live."""
-        if self._place is not None:
-            with self._place.watched():
-                self._coefficients = self._place.take(self._coefficients)
-
-    def _here(self, array: Any) -> Any:
-        """`array` where the coefficients shall live; itself, with its graph, where it is there or may stay."""
-        if self._place is None or framework(array) is None:
-            return array
-        at_home = framework(array) == framework(self._coefficients) and array.device == self._coefficients.device
-        return array if at_home else self._place.take(array)
-
-    def _beside(self, x: Any, keep_graph: bool = False) -> Any:
-        """The coefficients in the framework and on the device of x."""
-        B = self._coefficients if keep_graph else detached(self._coefficients)
-        if framework(B) == framework(x) and B.device == x.device:
-            return B
-        return like(to_numpy(B), x, self._dtype_beside(x))
-
-    def _dtype_beside(self, x: Any) -> Any:
-        return getattr(namespace(x), self.dtype)

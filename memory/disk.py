@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..backends.errors import FileError
 
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+# Flags with which to open: no link is followed, no pipe waited for, nothing left open in another program.
+SAFELY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -31,9 +32,9 @@ def as_path(path: str | os.PathLike[str]) -> Path:
         os.fsencode(made)
     except (TypeError, ValueError) as error:
         raise FileError("path", "a path", repr(path)[:200], "Pass a str or a Path.") from error
-    if "\0" in str(made):
-        raise FileError("path", "a path", repr(path)[:200], "A path holds no NUL character.")
-    return made
+    if "\0" in str(made) or not os.fspath(path):
+        raise FileError("path", "a path", repr(path)[:200], "A path is not empty, and holds no NUL character.")
+    return made.absolute()  # the process may go elsewhere while a store is open
 
 
 def refuse_odd(path: Path, missing_ok: bool = False) -> None:
@@ -67,7 +68,7 @@ def opened(path: Path) -> Iterator[tuple[int, int]]:
     """
     refuse_odd(path)  # before opening: to open a device may already act on it
     try:
-        descriptor = os.open(path, _READ | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, os.O_RDONLY | SAFELY)
     except OSError as error:
         raise unreadable(path, error) from error
     try:
@@ -84,7 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A place for the new file; where the block ends well, it is on the disk under `path`, and else nothing changed.
 
     The order is: write, flush the file, rename, flush the folder. A process killed on the way leaves behind at most a
-    folder `.NAME.*.saving`, which may be deleted.
+    folder `.NAME.*.saving`, which may be deleted; of a long name, its first 50 characters.
 
     Raises
     ------
@@ -93,10 +94,10 @@ def replacing(path: Path) -> Iterator[Path]:
     refuse_odd(path, missing_ok=True)
     folder = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".saving", dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:50]}.", suffix=".saving", dir=path.parent))
         new = folder / "new"
         yield new
-        descriptor = os.open(new, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(new, os.O_RDWR | SAFELY)
         try:
             os.fsync(descriptor)
         finally:
@@ -134,6 +135,13 @@ def made_folder(path: Path, create: bool) -> None:
         raise unreadable(path, error) from error
     if not stat.S_ISDIR(mode):
         raise FileError(str(path), "a folder", _nature(mode), "Name the folder of a store.")
+
+
+def write_at(descriptor: int, part: memoryview, start: int) -> None:
+    """Write all of `part` from `start` on; the system may take it in pieces."""
+    while part:
+        written = os.pwrite(descriptor, part, start)
+        part, start = part[written:], start + written
 
 
 def sync_folder(folder: Path) -> None:

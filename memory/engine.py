@@ -181,8 +181,17 @@ class Engine:
             raise self.damaged("the head of a record")
         return head, made
 
-    def tidy(self) -> None:
-        """Move parts from the end of the file of bodies to free room before them, until most of the file is in use."""
+    def record_bytes(self, memory: int, number: int) -> int:
+        """Bytes of a record's head and body."""
+        parts = "SELECT total(size) + total(length(head)) FROM records WHERE memory = ? AND number = ?"
+        with self.errors():
+            return int(self.connection.execute(parts, (memory, number)).fetchone()[0])
+
+    def tidy(self, facts: dict[str, int]) -> bool:
+        """Move parts from the end of the file of bodies to free room before them, until most of the file is in use.
+
+        If any moved, the facts become `facts`, by which readers and a failed commit tell that it happened.
+        """
         rows = self.connection.execute(
             "SELECT start, size, rowid FROM records WHERE start IS NOT NULL ORDER BY start DESC"
         ).fetchall()
@@ -199,6 +208,9 @@ class Engine:
                 self._released.append((start, size))
                 self.connection.execute("UPDATE records SET start = ? WHERE rowid = ?", (new, row))
                 moved += size
+            if moved:
+                self.put_facts(facts)
+        return moved > 0
 
     # ---- the catalogue: what there is, under a digest of its own -----------------------------------------------------
 
@@ -258,12 +270,10 @@ class Engine:
             busy, *_ = self.connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
             return not busy
 
-    def give_back(self) -> None:
-        """Return free space to the file system, and overwrite with zeros what cannot be returned."""
+    def shrink(self) -> None:
+        """Return the database's free space to the file system."""
         with self.errors():
             self.connection.execute("PRAGMA incremental_vacuum").fetchall()
-        self.tidy()
-        self.bodies.wipe()
 
     def close(self) -> None:
         """Close the files; the last one to close the database carries its log over."""

@@ -21,21 +21,23 @@ class Entry:
     """A memory's place on the disk, the calls that wait for a commit, and, while it is open, the memory itself."""
 
     def __init__(self, name: str, about: dict[str, Any], place: Place | None, guard: Guard | None):
-        self.name, self.about, self.place, self.guard = name, about, place, guard
+        self.name, self.about, self.guard = name, about, guard
         self.waiting: list[Record] = []  # calls since the last commit
         self.waiting_bytes = 0
+        self.lies(place)
         self.whole = place is None  # the next commit writes the state, not the calls
         self.touched = place is None  # something waits for a commit
         self.deleted = False
         self.home: dict[str, Any] = {}  # arguments of `to`: where the memory is held while it is open
         self.held = 0  # bytes in main memory, as last counted by the shelf
+        self.counted = 0, 0  # bytes and waiting bytes, as last counted by the quota
         self.changing = 0  # calls under way that may change what the commit writes
-        self.lock = threading.Lock()  # the one writer's; guards all of the above but `held`
+        self.lock = threading.Lock()  # the one writer's; guards all of the above but what is counted
 
-    @property
-    def bytes(self) -> int:
-        """Bytes on the disk, and of what waits."""
-        return (self.place.size if self.place else 0) + self.waiting_bytes
+    def lies(self, place: Place | None) -> None:
+        """Its place on the disk; `bytes` are those it takes there once what waits is committed, at most."""
+        self.place = place
+        self.bytes = (place.size if place is not None else 0) + self.waiting_bytes
 
     def alive(self) -> None:
         """Refuse a memory that was deleted.
@@ -67,8 +69,8 @@ class Entry:
                 )
 
 
-def encoded(name: str) -> bytes:
-    """The name of a memory as it is stored.
+def encoded(name: str, argument: str = "name") -> bytes:
+    """The name of a memory as it is stored; or of another thing, as `argument` says.
 
     Raises
     ------
@@ -79,7 +81,7 @@ def encoded(name: str) -> bytes:
     except (AttributeError, UnicodeEncodeError):
         made = b""
     if not 0 < len(made) <= LONGEST_NAME:
-        raise ArgumentError("name", f"a text of 1 to {LONGEST_NAME} bytes", repr(name)[:200], "Choose another.")
+        raise ArgumentError(argument, f"a text of 1 to {LONGEST_NAME} bytes", repr(name)[:200], "Choose another.")
     return made
 
 

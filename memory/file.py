@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,16 +12,16 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from ..backends.arrays import optional_import
 from ..backends.errors import ArgumentError, FileError
-from .disk import as_path, opened, replacing
+from .disk import as_path, opened, replacing, write_at
 from .kinds import kind_of, revive
 from .protocol import Memory
-from .state import Owned
+from .state import Mapped, Owned, unpack
 
 VERSION = 1
 DTYPES = {
@@ -34,6 +35,8 @@ PIECE = 1 << 20  # bytes read and hashed at a time, so that they are hashed whil
 _SEAL = re.compile(rb'\\"seal\\":\\"([0-9a-f]{64})\\"')
 _VERSION = re.compile(rb'\\"version\\":(\d{1,9})[,}]')
 _DAMAGED = "Restore it from a copy."
+# Without it, Linux refuses a private mapping that exceeds main memory; Python names it from 3.13 on.
+_NO_RESERVE = getattr(mapping, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 def save(memory: Memory, path: str | os.PathLike[str]) -> None:
@@ -55,11 +58,14 @@ def save(memory: Memory, path: str | os.PathLike[str]) -> None:
     Notes
     -----
     The file is in safetensors format, and the safetensors library opens it. Its metadata hold, under "perdure", the
-    format's version, the SHA-256 of every array, and that of the header itself. Cost: a copy of the state in memory,
-    one SHA-256 over it, one write, and the flush of file and folder. Only its owner may read the file (mode 600).
+    format's version, the SHA-256 of every array, and that of the header itself. Cost: one SHA-256 over the state, one
+    write, and the flush of file and folder; a KNNMemory takes no writes meanwhile, of other memories a copy is made.
+    Only its owner may read the file (mode 600).
     """
     kind_of(memory)
-    save_arrays(memory.state_dict(), path)
+    held = memory._unchanged() if isinstance(memory, Savable) else contextlib.nullcontext(memory.state_dict())
+    with held as state:
+        save_arrays(state, path)
 
 
 def save_arrays(arrays: dict[str, np.ndarray], path: str | os.PathLike[str]) -> None:
@@ -155,7 +161,14 @@ def load_arrays(
 
 
 class Savable:
-    """Gives a memory its `save`."""
+    """Gives a memory its `save`, and its `from_state_dict` from what is special to its kind."""
+
+    _kind: ClassVar[str]
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[dict[str, np.ndarray]]:
+        """The state for as long as the block runs, whatever is written meanwhile."""
+        yield self.state_dict()  # type: ignore[attr-defined]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to one file at `path`, durably and checksummed; `perdure.load` gives the memory back.
@@ -169,15 +182,29 @@ class Savable:
         """
         save(self, path)  # type: ignore[arg-type]
 
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
+
+        Raises
+        ------
+        ArgumentError
+            No state of a memory of this kind, or an altered one.
+        """
+        return cls._restored(*unpack(cls._kind, state))
+
+    @classmethod
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
+        raise NotImplementedError
+
 
 def _seal(path: Path) -> None:
     """Write into the header the digest of the header, taken while zeros stood in its place."""
-    with open(path, "r+b", buffering=0) as file:
+    with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         (found,) = _SEAL.finditer(header)
-        file.seek(8 + found.start(1))
-        file.write(_digest(header).encode())
+        write_at(file.fileno(), memoryview(_digest(header).encode()), 8 + found.start(1))
 
 
 def _header(path: Path, descriptor: int, size: int) -> bytes:
@@ -242,12 +269,13 @@ def _read(path: Path, descriptor: int, size: int, layout: Any, digests: Any, ver
 
 
 def _map(path: Path, descriptor: int, size: int, layout: Any, digests: Any, verify: bool) -> Iterator[Any]:
-    mapped = mapping.mmap(descriptor, size, access=mapping.ACCESS_COPY)
+    private, both = mapping.MAP_PRIVATE | _NO_RESERVE, mapping.PROT_READ | mapping.PROT_WRITE
+    mapped = mapping.mmap(descriptor, size, flags=private, prot=both)
     for name, (dtype, shape, offset) in layout.items():
         array = np.empty(shape, dtype)[...] if 0 in shape else np.ndarray(shape, dtype, mapped, offset)
         if verify:
             _compare(path, name, hashlib.sha256(_bytes(array)).hexdigest(), digests[name])
-        yield name, array.view(Owned)
+        yield name, array.view(Owned if verify else Mapped)
 
 
 def _compare(path: Path, name: str, found: str, expected: str) -> None:

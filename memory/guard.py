@@ -12,11 +12,13 @@ import numpy as np
 from ..backends.errors import QuotaError
 from .kinds import revive
 from .protocol import Memory
+from .rows import listed
 
 KEYS = {"knn": "keys", "hybrid": "keys"}  # which argument of `write` is clipped
 SETTLING = 256  # tokens of a row whose median is its first measure of a key's length
 INERTIA = 65_536  # tokens after which the measure moves no slower
 MOST_SOURCES = 65_536
+OBJECTS = 1024  # bytes of Python's objects, and of a record's head, for a memory (twice that), a row, and a source
 
 
 class Guard:
@@ -24,11 +26,18 @@ class Guard:
 
     A key is clipped to `clip` times the ordinary length of its row and head: the median of the first 256 tokens, from
     then on a running mean in which no token counts as longer than `clip` times, or shorter than 1/`clip` times, what is
-    ordinary. One row's keys never touch another's measure. Clipping bounds what long keys can do to a softmax; a key of
-    ordinary length that lies in the direction of the queries keeps its effect.
+    ordinary; keys of length 0 do not count. One row's keys never touch another's measure. Clipping bounds what long
+    keys can do to a softmax; a key of ordinary length that lies in the direction of the queries keeps its effect.
     """
 
-    def __init__(self, memory: Memory, kind: str, clip: float | None, source_quota: int | None):
+    def __init__(
+        self,
+        memory: Memory,
+        state: dict[str, np.ndarray],
+        kind: str,
+        clip: float | None,
+        source_quota: int | None,
+    ):
         self.memory, self.clip, self.source_quota = memory, clip or math.inf, source_quota
         self.keys = KEYS.get(kind, "") if clip is not None else ""  # which argument is clipped, if any
         rows, heads = getattr(memory, "rows", 0), getattr(memory, "heads", 0)
@@ -37,6 +46,13 @@ class Guard:
         self.first = np.zeros((rows, heads, SETTLING if self.keys else 0), np.float32)
         self.sources: dict[str, int] = {}
         self._signature = inspect.signature(memory.write)
+        own = self.counts.nbytes + self.lengths.nbytes + self.first.nbytes + OBJECTS * (2 + rows)
+        self._beside = max(sum(array.nbytes for array in state.values()) - memory.nbytes, 0) + own
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in main memory, and the most that the state takes on the disk."""
+        return self.memory.nbytes + self._beside + OBJECTS * len(self.sources)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call of `write` by name.
@@ -45,8 +61,20 @@ class Guard:
         ------
         TypeError
             They do not fit the memory's `write`.
+        ArgumentError
+            Rows that are none.
         """
-        return dict(self._signature.bind(*args, **kwargs).arguments)
+        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+        if arguments.get("rows") is not None:
+            arguments["rows"] = listed(arguments["rows"], len(self.counts))
+        return arguments
+
+    def growth(self, arguments: dict[str, Any], record: int) -> int:
+        """The most bytes by which the state grows with this call, which takes `record` bytes as it comes."""
+        floats = [a.dtype.itemsize for a in arguments.values() if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
+        kept = 8 if str(getattr(self.memory, "dtype", "")) == "float64" else 4
+        tagged = 8 * int(self.memory.tokens.sum()) if "tags" in arguments else 0
+        return record * max(kept // min(floats, default=kept), 1) + 16 * _tokens(arguments) + tagged
 
     def write(self, arguments: dict[str, Any], source: str | None = None) -> None:
         """The memory's `write`, guarded; a rejected call changes nothing.
@@ -93,8 +121,9 @@ class Guard:
             Not such a state.
         """
         own = {name: array for name, array in state.items() if name.startswith("guard.")}
-        memory = revive({name: array for name, array in state.items() if name not in own})
-        guard = cls(memory, kind, clip, source_quota)
+        state = {name: array for name, array in state.items() if name not in own}
+        memory = revive(state)
+        guard = cls(memory, state, kind, clip, source_quota)
         for name in ("counts", "lengths", "first"):
             getattr(guard, name)[...] = own[f"guard.{name}"]
         guard.sources = json.loads(own["guard.sources"].tobytes())
@@ -104,11 +133,7 @@ class Guard:
         """Tokens the source will have written after this call."""
         if source is None:
             return 0
-        first = next((a for a in arguments.values() if isinstance(a, np.ndarray)), np.empty((0, 0)))
-        new = first.shape[0] * first.shape[-2] if first.ndim > 1 else 0
-        if isinstance(mask := arguments.get("mask"), np.ndarray):
-            new = int(np.count_nonzero(mask))
-        tokens = self.sources.get(source, 0) + new
+        tokens = self.sources.get(source, 0) + _tokens(arguments)
         if self.source_quota is not None and tokens > self.source_quota:
             raise QuotaError(
                 "source",
@@ -155,10 +180,28 @@ class Guard:
         settling = new[:, : max(SETTLING - seen, 0)]
         if settling.shape[1]:
             first[:, seen : seen + settling.shape[1]] = settling
-            length = np.median(first[:, : seen + settling.shape[1]], axis=1).astype(np.float64)
+            length = _medians(first[:, : seen + settling.shape[1]])
         rest = new[:, settling.shape[1] :]
         if not rest.shape[1]:
             return length
-        counted = np.clip(rest, length[:, None] / self.clip, length[:, None] * self.clip).mean(axis=1)
-        weight = rest.shape[1] / (min(seen + settling.shape[1], INERTIA) + rest.shape[1])
+        if not length.all():
+            length = np.where(length > 0, length, _medians(rest))
+        told = (rest > 0).sum(axis=1)
+        within = np.clip(rest, length[:, None] / self.clip, length[:, None] * self.clip)
+        counted = np.where(rest > 0, within, 0).sum(axis=1) / np.maximum(told, 1)
+        weight = told / (min(seen + settling.shape[1], INERTIA) + told)
         return length + weight * (counted - length)
+
+
+def _medians(lengths: np.ndarray) -> np.ndarray:
+    """Of the lengths (heads, n) above 0; 0 where there are none, as for a padding of zeros, which tells nothing."""
+    known = [row[row > 0] for row in lengths]
+    return np.array([np.median(row) if row.size else 0.0 for row in known], np.float64)
+
+
+def _tokens(arguments: dict[str, Any]) -> int:
+    """Tokens that a call of `write` brings, in all rows together."""
+    if isinstance(mask := arguments.get("mask"), np.ndarray):
+        return int(np.count_nonzero(mask))
+    first = next((a for a in arguments.values() if isinstance(a, np.ndarray)), np.empty((0, 0)))
+    return first.shape[0] * first.shape[-2] if first.ndim > 1 else 0

@@ -14,15 +14,12 @@ from ..core.attention import Reading, masked_softmax, merge
 from ..core.positions import centred
 from ..core.retrieval import Neighbours
 from .continuous import ContinuousMemory
+from .eviction import EVICTIONS, evicted, faded, share
 from .file import Savable
 from .knn import KNNMemory
 from .lock import ReadWriteLock, exclusive, shared
 from .rows import listed, present_tokens
-from .state import counts, pack, rebuilt, required, unpack
-
-EVICTIONS = ("fifo", "least_attended")
-FADING = 0.9  # what a write leaves of the attention noted before it
-PROTECTED = 0.5  # share of the newest tokens that "least_attended" never evicts: they have had no time to be read
+from .state import counts, pack, rebuilt, required
 
 
 class HybridMemory(Savable):
@@ -44,8 +41,8 @@ class HybridMemory(Savable):
         Of the continuous part, for a write of `segment` tokens.
     segment : int
         Tokens for which `contraction` holds.
-    dtype : {"float32", "float16", "float64", "bfloat16", "int8"}
-        What exact keys and values are stored as; see KNNMemory.
+    dtype : {"float32", "float16", "float64"}
+        What exact keys and values are stored as.
     **settings
         `settings` are passed on to the ContinuousMemory: basis, ridge, sticky, samples, seed and so on.
 
@@ -75,6 +72,8 @@ class HybridMemory(Savable):
     array([[[[1., 1.]]]])
     """
 
+    _kind = "HybridMemory"
+
     def __init__(
         self,
         rows: int,
@@ -100,9 +99,8 @@ class HybridMemory(Savable):
         self.older = ContinuousMemory(rows, width, contraction=contraction, segment=segment, **settings)
         self._used = [np.zeros(0) for _ in range(rows)]  # attention each exact token drew, the oldest first
         self._looked = np.zeros((rows, self.slots))  # attention that fell on each place of the signal since its write
-        self._places: dict[
-            int, tuple[np.ndarray, np.ndarray, np.ndarray]
-        ] = {}  # by row: the signal as `read` looks at it
+        # by row: the signal as `read` looks at it
+        self._places: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.written = np.zeros(rows, np.int64)  # tokens in each row's whole history
 
     @property
@@ -152,7 +150,7 @@ class HybridMemory(Savable):
         positions = np.arange(self.written[row], self.written[row] + n)
         leaving = max(store.stored + n - self.capacity, 0)
         self.written[row] += n
-        used = np.concatenate([FADING * self._used[row], np.zeros(n)])
+        used = faded(self._used[row], n)
         if not leaving:
             self.recent.write(keys[None], values[None], rows=[row], tags=positions[None])
             self._used[row] = used
@@ -169,7 +167,7 @@ class HybridMemory(Savable):
                 np.concatenate([store.numbers(name, np.s_[:, order]), new], axis=1) for name, new in pairs
             )
             tags = np.concatenate([store.arrays["tags"][0, order] if store.stored else order, positions])
-            gone = self._leaving(used, leaving)
+            gone = evicted(used, leaving, self.eviction)
             kept = np.delete(np.arange(used.size), gone)
             out = self._joined(all_keys[:, gone], all_values[:, gone])
             self.recent.clear([row])
@@ -178,13 +176,6 @@ class HybridMemory(Savable):
         self.older.write(out[None], attention=self._looked[[row]], rows=[row])
         self._looked[row] = 0
         self._places.pop(row, None)
-
-    def _leaving(self, used: np.ndarray, leaving: int) -> np.ndarray:
-        """Indices, ascending, of the tokens that leave, the oldest of which is 0."""
-        if self.eviction == "fifo":
-            return np.arange(leaving)
-        older = max(leaving, int(used.size * (1 - PROTECTED)))
-        return np.sort(np.argsort(used[:older], kind="stable")[:leaving])
 
     def _joined(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Keys and values of all heads side by side: one vector a token, (n, width)."""
@@ -235,9 +226,9 @@ class HybridMemory(Savable):
             weights, lses[i] = masked_softmax(energies, np.isfinite(energies))
             outputs[i] = weights @ values
             whole = np.logaddexp(near_lse[i], lses[i])
-            self._looked[row] += np.sum(weights * _share(lses[i], whole)[..., None], axis=(0, 1))
+            self._looked[row] += np.sum(weights * share(lses[i], whole)[..., None], axis=(0, 1))
             held = positions[i] >= 0
-            drawn = _share(scores[i] * scale, whole[..., None])[held]
+            drawn = share(scores[i] * scale, whole[..., None])[held]
             np.add.at(self._used[row], positions[i][held] - self.recent._rows[row].oldest, drawn)
         shape = tuple(queries.shape[:3])
         far = Reading(
@@ -282,20 +273,12 @@ class HybridMemory(Savable):
         arrays |= {f"older.{name}": array for name, array in self.older.state_dict().items()}
         arrays |= {f"used.{row}": used.copy() for row, used in enumerate(self._used)}
         arrays |= {"looked": self._looked.copy(), "written": self.written.copy()}
-        return pack("HybridMemory", {name: getattr(self, name) for name in names}, arrays)
+        return pack(self._kind, {name: getattr(self, name) for name in names}, arrays)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory that `state` describes; its behaviour is bit-identical from here on.
-
-        Raises
-        ------
-        ArgumentError
-            No state of a HybridMemory, or an altered one.
-        """
-        config, arrays = unpack("HybridMemory", state)
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         parts = {
-            part: {name.partition(".")[2]: state[name] for name in state if name.startswith(f"{part}.")}
+            part: {name.partition(".")[2]: arrays[name] for name in arrays if name.startswith(f"{part}.")}
             for part in ("recent", "older")
         }
         memory = rebuilt(cls, config, basis=1)
@@ -306,9 +289,3 @@ class HybridMemory(Savable):
         for row, tokens in enumerate(memory.recent.tokens):
             memory._used[row] = required(arrays, f"used.{row}", (int(tokens),), np.float64)
         return memory
-
-
-def _share(lse: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """e^(lse - whole), and 0 where the whole is empty."""
-    with np.errstate(invalid="ignore"):
-        return np.exp(np.where(np.isfinite(lse), lse - whole, -np.inf))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -23,7 +24,7 @@ from .lock import ReadWriteLock
 from .retrieving import Retrieving
 from .row import Row
 from .rows import listed, token_array
-from .state import counts, pack, rebuilt, required, unpack
+from .state import counts, pack, rebuilt, required_finite
 from .storage import DTYPES
 
 INDEXES = ("exact", "ivf", "hnsw", "auto")
@@ -104,6 +105,8 @@ class KNNMemory(Retrieving, Savable):
     >>> reading.neighbours.positions[0, 0, 0, 0] >= 150  # the oldest 150 have left
     np.True_
     """
+
+    _kind = "KNNMemory"
 
     def __init__(
         self,
@@ -270,24 +273,22 @@ class KNNMemory(Retrieving, Savable):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything stored, as a flat dict of arrays; "config" holds the constructor's arguments as JSON bytes."""
+        with self._unchanged() as state:
+            return {name: array.copy() for name, array in state.items()}
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[dict[str, np.ndarray]]:
+        """The state as it lies in memory: who writes has to wait until the block ends."""
         with self._lock.reading:
             arrays = {"written": self.written}
             for i, row in enumerate(self._rows):
                 arrays |= {f"rows.{i}.{name}": a for name, a in row.saved().items()}
                 if isinstance(row, Row):
-                    arrays |= {f"rows.{i}.index.{name}": a.copy() for name, a in row.index.state().items()}
-        return pack("KNNMemory", {name: getattr(self, name) for name in CONFIG}, arrays)
+                    arrays |= {f"rows.{i}.index.{name}": a for name, a in row.index.state().items()}
+            yield pack(self._kind, {name: getattr(self, name) for name in CONFIG}, arrays)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The memory whose `state_dict` gave `state`; its behaviour is bit-identical from here on.
-
-        Raises
-        ------
-        ArgumentError
-            No state of a KNNMemory, or an altered one.
-        """
-        config, arrays = unpack("KNNMemory", state)
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> Self:
         memory = rebuilt(cls, config, device=None, device_capacity=None)  # of which a state says nothing
         written = counts(arrays, "written", memory.rows)
         for i, row in enumerate(memory._rows):
@@ -295,9 +296,7 @@ class KNNMemory(Retrieving, Savable):
             row.written = int(written[i])
             for name, empty in row.arrays.items():
                 shape = (empty.shape[0], row.stored, *empty.shape[2:])
-                row.arrays[name] = required(arrays, f"rows.{i}.{name}", shape, empty.dtype)
-                if np.issubdtype(empty.dtype, np.floating):
-                    checks.finite(**{f"state['rows.{i}.{name}']": row.arrays[name]})
+                row.arrays[name] = required_finite(arrays, f"rows.{i}.{name}", shape, empty.dtype)
             learned = f"rows.{i}.index."
             row.index.restore({n.removeprefix(learned): a for n, a in arrays.items() if n.startswith(learned)})
         return memory

@@ -25,11 +25,6 @@ class Place:
     chain: bytes = b""
     state_bytes: int = 0  # of `size`, those of the first record; 0 where not known
 
-    @property
-    def call_bytes(self) -> int:
-        """Bytes of the calls since the state."""
-        return self.size - self.state_bytes
-
 
 def put_state(engine: Engine, place: Place, guard: Guard) -> Place:
     """Replace all records of a memory by its state as it is now."""

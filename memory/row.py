@@ -113,8 +113,8 @@ class Row:
         self.write(*prepared)
 
     def saved(self) -> dict[str, np.ndarray]:
-        """Copies of the arrays, (heads, stored, ...): all there is to a row but what it has written and its index."""
-        return {name: array[:, : self.stored].copy() for name, array in self.arrays.items()}
+        """The arrays, (heads, stored, ...): all there is to a row but what it has written and its index."""
+        return {name: array[:, : self.stored] for name, array in self.arrays.items()}
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""

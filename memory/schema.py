@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ..backends.errors import FileError, StoreError
+from .disk import SAFELY
 from .record import LARGEST_HEAD
 
 VERSION = 1
@@ -43,12 +45,19 @@ def connect(path: Path, readonly: bool) -> sqlite3.Connection:
     ------
     StoreError
         An SQLite that is too old.
-    sqlite3.Error
+    OSError, sqlite3.Error
     """
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise StoreError("sqlite3", "SQLite 3.31 or newer", sqlite3.sqlite_version, "Use a newer Python build.")
-    mode = "ro" if readonly else "rwc"
-    place = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    place = f"file:{quote(os.fsencode(path.absolute()))}"
+    if not readonly:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o600))  # SQLite would let others read it
+    elif not path.with_name(FILE + "-wal").exists() and not os.access(path.parent, os.W_OK):
+        return _connected(f"{place}?mode=ro&immutable=1")  # no log, and nothing can be made beside it
+    return _connected(f"{place}?mode={'ro' if readonly else 'rw'}")
+
+
+def _connected(place: str) -> sqlite3.Connection:
     return sqlite3.connect(place, uri=True, isolation_level=None, check_same_thread=False, timeout=5)
 
 

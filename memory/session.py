@@ -45,6 +45,8 @@ class Session:
                 )
             self.folder = os.stat(path)
             undone.pop_all()
+        self._release = weakref.finalize(self, _released, self._forks, self.engine, self.lock)
+        self._release.atexit = False
         _sessions.add(self)
 
     @contextlib.contextmanager
@@ -96,16 +98,25 @@ class Session:
 
     def close(self) -> bool:
         """Close, and say whether it was open; in a child of the process that opened it, nothing happens."""
+        if self._forks != forks():  # asked first: at the fork, another thread may have held what is waited for below
+            return False
         with self._disk:
-            if self.closed or self._forks != forks():
+            if self.closed:
                 return False
             self.closed = True
-            try:
-                self.engine.close()
-            finally:
-                if self.lock is not None:
-                    self.lock.close()
+            self._release()
             return True
+
+
+def _released(opened_at: int, engine: Engine, lock: WriterLock | None) -> None:
+    """Close the files; also of a store that was dropped without having been closed."""
+    if opened_at != forks():
+        return
+    try:
+        engine.close()
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..backends.errors import ArgumentError
 from ..backends.exchange import to_numpy
+from ..core import checks
 
 Kept = TypeVar("Kept")
 UNALTERED = "Pass an unaltered state_dict."
@@ -42,6 +43,10 @@ def unpack(kind: str, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 class Owned(np.ndarray):
     """An array nobody else holds: a memory may keep it and write to it instead of copying it."""
+
+
+class Mapped(Owned):
+    """One that is still on the disk, and may be larger than the machine's memory: not to be read as a whole."""
 
 
 def as_numpy(array: Any) -> np.ndarray:
@@ -104,3 +109,16 @@ def required(arrays: dict[str, np.ndarray], name: str, shape: tuple[int | None, 
         came = "nothing" if array is None else f"{array.dtype} {array.shape}"
         raise ArgumentError(f"state[{name!r}]", f"{np.dtype(dtype)} {shape}", came, UNALTERED)
     return array.view(np.ndarray) if isinstance(array, Owned) else np.array(array, order="C")
+
+
+def required_finite(arrays: dict[str, np.ndarray], name: str, shape: tuple[int | None, ...], dtype: Any) -> np.ndarray:
+    """`arrays[name]` as `required` gives it, all of it finite; what is `Mapped` is taken at its word.
+
+    Raises
+    ------
+    ArgumentError, NonFiniteError
+    """
+    array = required(arrays, name, shape, dtype)
+    if np.issubdtype(array.dtype, np.floating) and not isinstance(arrays[name], Mapped):
+        checks.finite(**{f"state[{name!r}]": array})
+    return array

@@ -11,7 +11,7 @@ from ..backends.arrays import cast, inspectable, namespace
 from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import to_numpy
 from ..core import checks
-from ..core.density import attention_mass, looking
+from ..core.density import attention_mass, checked_densities
 from .rows import token_array
 from .state import UNALTERED
 
@@ -45,7 +45,7 @@ def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, ex
 def _of_densities(attention: tuple[Any, ...], count: int, edges: np.ndarray, density: str) -> Any:
     if len(attention) != 2:
         raise ArgumentError("attention", "(mean, variance) or a histogram", f"{len(attention)} arrays", "Pass two.")
-    mean, variance = looking(*attention, density, mean=attention[0])
+    mean, variance = checked_densities(*attention, density, mean=attention[0])
     if mean.ndim < 2 or mean.shape[0] != count or tuple(variance.shape) not in (tuple(mean.shape), (1,)):
         came = f"{tuple(mean.shape)} and {tuple(variance.shape)}"
         raise ShapeError("attention", f"mean and variance ({count}, ..., q)", came, "Pass those of the last read.")

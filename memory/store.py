@@ -89,7 +89,7 @@ class Store:
 
     Locks, from the outside in: the session's (the connection), an entry's (its one writer), the shelf's (which memories
     are open), and the memory's own. A read takes the shelf's for a moment, then the memory's, so no reader waits for a
-    commit.
+    commit, unless the memory has left main memory and must be read from the disk.
     """
 
     def __init__(
@@ -108,7 +108,8 @@ class Store:
         self._calls = Calls(self._session, self._quota, cache)
         self._catalogue, self._engine = self._session.catalogue, self._session.engine
         self._commits, self._commit_seconds, self._checkpoints = 0, 0.0, 0
-        self._quota.count(self._catalogue.entries.values())
+        for entry in self._catalogue.entries.values():
+            self._quota.count(entry)
         _log.info("opened", extra={"store": str(self.path), "memories": len(self._catalogue.entries)})
 
     # ---- memories ----------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ class Store:
             Any text of at most 1,024 bytes. It is data: never part of a path or a query.
         kind : {"knn", "continuous", "recurrent", "compressive", "hybrid"}, optional
         quota : int, optional
-            The most bytes it may take on the disk. This and what follows counts when the memory is made.
+            The most bytes it may take on the disk. This and what follows count when the memory is made.
         clip : float, optional
             Shorten keys longer than `clip` times what is ordinary in their row and head, so that a few very long ones
             cannot draw all attention; None leaves keys as they are. For kinds with keys.
@@ -158,7 +159,7 @@ class Store:
         BackendError
             No such device; then nothing has been made.
         QuotaError
-            There are a million already.
+            There are a million already, or it does not fit a quota.
         """
         place_of(device)
         with self._session.using():
@@ -187,7 +188,7 @@ class Store:
             return sorted(self._catalogue.entries)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every memory on the disk, what waits for a commit included."""
+        """Bytes that every memory takes on the disk; with what waits for a commit, the most it will take."""
         with self._session.using():
             self._calls.follow()
             return {name: entry.bytes for name, entry in sorted(self._catalogue.entries.items())}
@@ -217,9 +218,8 @@ class Store:
         with self._session.using(write=True):
             entry = self.memory(name)._entry
             with entry.lock:
-                entry.deleted = True
-                self._quota.wait(entry, -entry.waiting_bytes)
-                entry.waiting = []
+                entry.deleted, entry.waiting, entry.waiting_bytes = True, [], 0
+                self._quota.count(entry)
                 if entry.place is not None:
                     self._catalogue.dropped.append(entry.place.id)
             del self._catalogue.entries[name]
@@ -242,12 +242,10 @@ class Store:
         """
         with self._session.using(write=True):
             started = time.perf_counter()
-            work = [entry for entry in self._catalogue.entries.values() if entry.touched]
+            work = [entry for entry in self._calls.shelf.entries() if entry.touched]
             if not work and not self._catalogue.dropped:
                 return
-            self._session.commit(work)
-            self._quota.count(self._catalogue.entries.values())
-            self._calls.shelf.trim()
+            self._calls.commit(work)
             try:
                 if self._engine.log_bytes() > LARGEST_LOG:
                     self._engine.move_log(truncate=False)
@@ -271,15 +269,14 @@ class Store:
         with self._session.using(write=True):
             self.commit()
             for entry in list(self._catalogue.entries.values()):
-                if entry.place is None or entry.place.records == 1:
+                if entry.place is None or not self._catalogue.compactable(entry.place):
                     continue
-                with self._calls.writing(entry):
-                    if not self._catalogue.compactable(entry.place):
+                with self._calls.writing(entry) as guard:
+                    if not entry.place.stale and not self._quota.fits(entry, guard.nbytes):
                         continue
                     entry.whole = entry.touched = True
-                self._session.commit([entry])
-            self._quota.count(self._catalogue.entries.values())
-            self._engine.give_back()
+                self._calls.commit([entry])
+            self._catalogue.give_back()
             if not self._engine.move_log(truncate=True):
                 raise StoreError(
                     str(self.path),
@@ -333,7 +330,7 @@ class Store:
                 "perdure_store_loads_total": catalogue.loads,
                 **self._calls.shelf.stats(),
                 "perdure_store_memories": len(catalogue.entries),
-                "perdure_store_memory_bytes": self._quota.stored,
+                "perdure_store_memory_bytes": sum(entry.bytes for entry in catalogue.entries.values()),
                 "perdure_store_waiting_bytes": self._quota.waiting,
                 "perdure_store_disk_bytes": self._engine.disk_bytes(),
                 "perdure_store_log_bytes": self._engine.log_bytes(),
@@ -341,7 +338,7 @@ class Store:
 
     def close(self) -> None:
         """Close the store; what was not committed is forgotten. Closing twice is closing once."""
-        lost = any(entry.touched for entry in self._catalogue.entries.values())
+        lost = any(entry.touched for entry in self._calls.shelf.entries())
         if self._session.close() and lost:
             _log.warning("closed with uncommitted writes", extra={"store": str(self.path)})
 
@@ -364,9 +361,11 @@ class Store:
         if len(self._catalogue.entries) >= MOST_NAMES:
             raise QuotaError("name", f"at most {MOST_NAMES} memories", "one more", "Delete some.")
         memory = make(kind, config)
-        guard = Guard(memory, kind, options["clip"], options["source_quota"])
-        asked = {**config_of(memory.state_dict())[1], **comparable(config)}
+        state = memory.state_dict()
+        guard = Guard(memory, state, kind, options["clip"], options["source_quota"])
+        asked = {**config_of(state)[1], **comparable(config)}
         entry = Entry(name, {"kind": kind, "config": asked, "options": options}, None, guard)
+        self._quota.take(entry, guard.nbytes)
         self._catalogue.entries[name] = entry
         self._calls.shelf.keep(entry)
         return entry

@@ -58,7 +58,7 @@ class StoredMemory(Savable):
         *args, **kwargs
             As that kind of memory takes them.
         source : str, optional
-            Where the tokens come from, for the memory's `source_quota`.
+            Where the tokens come from, for the memory's `source_quota`: a text of at most 1,024 bytes.
 
         Raises
         ------
@@ -73,7 +73,7 @@ class StoredMemory(Savable):
         Raises
         ------
         ArgumentError
-            A row out of range; then nothing has been forgotten.
+            Something else than rows it has; then nothing has been forgotten.
         """
         self._calls.clear(self._entry, rows)
 

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 from ..backends.errors import FileError, StoreError
-from .disk import opened, refuse_odd, unreadable
+from .disk import SAFELY, opened, refuse_odd, unreadable
 
 LOCK = "lock"  # the file's name in the store's folder
 _NOTE = re.compile(rb"(\d{1,18}) commits ([0-9a-f]{8})\n")
@@ -44,11 +44,8 @@ class WriterLock:
     def __init__(self, folder: Path):
         path = folder / LOCK
         refuse_odd(path, missing_ok=True)
-        flags = os.O_RDWR | os.O_CREAT
-        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
-            flags |= getattr(os, name, 0)
         try:
-            self.descriptor = os.open(path, flags, 0o600)
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o600)
         except OSError as error:
             raise unreadable(path, error) from error
         try:

@@ -397,7 +397,7 @@ def test_where_a_gpu_looked_stays_on_it(monkeypatch, rng):
                 patch.setattr(module, "inspectable", lambda array: seen.append(type(array)) or False)
             there.write(torch.from_numpy(x), attention and tuple(map(torch.from_numpy, attention)))
     assert set(seen) == {torch.Tensor}
-    assert len(there._timeline._waiting) == timeline.MOST_WAITING
+    assert len(there._signals.timeline._waiting) == timeline.MOST_WAITING
     np.testing.assert_allclose(there.shown([0.1, 0.7]), host.shown([0.1, 0.7]), rtol=1e-6)
     np.testing.assert_allclose(there.signal([0.5]).numpy(), host.signal([0.5]), atol=1e-9)
 

@@ -13,8 +13,8 @@ import pytest
 import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import config
-from perdure.backends.numba import code_tile, coded, machine, panels, threads, tile
+from numba import config, njit
+from perdure.backends.numba import code_tile, coded, machine, panels, shortlist, threads, tile
 from perdure.backends.numba import codes as codes_module
 from perdure.backends.numba.search import SAMPLED
 
@@ -65,8 +65,6 @@ def test_the_oracles_multiply_add_rounds_once(a, b, c):
     + [(tile.ONE, "float32"), (tile.FEW, "float32")],
 )
 def test_the_compiled_tile_is_the_plain_one(rng, shape, stored, l2):
-    from numba import njit
-
     compiled, plain = tile.make_tile(*shape, l2), tile.plain_tile(*shape, l2)
     run = njit(lambda keys, scales, p, grouped, g, bounds, scores, hits: compiled(
         keys, scales, p, grouped, g, bounds, scores, hits
@@ -102,8 +100,6 @@ def test_the_compiled_tile_is_the_plain_one(rng, shape, stored, l2):
 @pytest.mark.skipif(not machine.multiplies_bytes(), reason="this CPU has no instruction for it")
 @pytest.mark.parametrize("shape", [code_tile.ONE, code_tile.FEW, code_tile.MANY])
 def test_the_compiled_tile_of_codes_is_the_plain_one(rng, shape):
-    from numba import njit
-
     compiled, plain = code_tile.make_code_tile(*shape), code_tile.plain_code_tile(*shape)
     run = njit(lambda c, s, e, z, p, a, t, r, m, g, b, low, high, hits: compiled(
         c, s, e, z, p, a, t, r, m, g, b, low, high, hits
@@ -217,7 +213,7 @@ def test_a_memory_finds_what_its_stream_holds(fewest, data):
 
 
 def finds_what_its_stream_holds(data):
-    d, k = data.draw(st.sampled_from((1, 4, 17))), data.draw(st.sampled_from((1, 4)))
+    d, k = data.draw(st.sampled_from((1, 4, 17))), data.draw(st.sampled_from((1, 4, 40)))
     large = 70 if config.DISABLE_JIT else SAMPLED * tile.lanes(np.float32) * tile.ONE[0]
     capacity = data.draw(st.sampled_from((1, 50, 64, large, large + 37)))
     space = data.draw(st.sampled_from(("ip", "l2")))
@@ -228,13 +224,56 @@ def finds_what_its_stream_holds(data):
         segment = data.draw(strategies.values((n, d), strategies.EXTREMES)).astype(np.float32)
         memory.write(segment[None, None], segment[None, None])
         stream = np.concatenate([stream, segment])
-        queries = data.draw(strategies.values((data.draw(st.integers(1, 8)), d))).astype(np.float32)
+        queries = data.draw(strategies.values((data.draw(st.integers(1, 14)), d))).astype(np.float32)
         kept = stream[-capacity:]
         scores, positions = best(chain(queries, kept, space), k)
         near = memory.search(queries[None, None], k)
         assert_same(
             perdure.Neighbours(near.scores[0, 0], near.positions[0, 0]), scores, positions + len(stream) - len(kept)
         )
+
+
+@pytest.mark.parametrize("space", ["ip", "l2", "cosine"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["distinct", "few", "equal", "rising"])
+def test_the_short_list_is_what_a_scan_finds(rng, dtype, space, kind):
+    """Many queries are searched for otherwise than few; before the ring closes, and after."""
+    stream = rng.standard_normal((1, 2, 700, 6)).astype(np.float32)
+    if kind == "few":
+        stream = stream[:, :, rng.integers(0, 9, 700)]
+    elif kind == "equal":
+        stream[:] = stream[:, :, :1]
+    elif kind == "rising":
+        stream = stream[:, :, :1] * np.linspace(-1, 1, 700, dtype=np.float32)[:, None]
+    memory = perdure.KNNMemory(1, 2, 6, 400, dtype=dtype, space=space)
+    queries = rng.standard_normal((1, 2, 20, 6)).astype(np.float32)
+    for part in np.split(stream, (290, 390, 500), axis=2):
+        memory.write(part, part)
+        for k in (1, 7, 33):
+            together = memory.search(queries, k)
+            for i in range(0, 20, 5):
+                few = memory.search(queries[:, :, i : i + 5], k)
+                np.testing.assert_array_equal(together.scores[:, :, i : i + 5], few.scores)
+                np.testing.assert_array_equal(together.positions[:, :, i : i + 5], few.positions)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_shortlists_computes_as_its_plain_twin(rng, dtype):
+    row, maxima = rng.standard_normal(192).astype(dtype), rng.standard_normal(128).astype(dtype)
+    for first in (0, 64, 100):
+        run = shortlist.reached if config.DISABLE_JIT else njit(lambda r, f, b: shortlist.reached(r, f, b))
+        assert run(row, first, row[first + 3]) == shortlist.plain_reached(row, first, row[first + 3])
+        raised, plain = maxima.copy(), maxima.copy()
+        run = shortlist.raise_to if config.DISABLE_JIT else njit(lambda m, a, r, f: shortlist.raise_to(m, a, r, f))
+        run(raised, 64, row, first)
+        shortlist.plain_raise_to(plain, 64, row, first)
+        np.testing.assert_array_equal(raised, plain)
+
+
+@given(strategies.values((1, 128), strategies.EXTREMES), st.integers(1, 128))
+def test_as_many_maxima_as_asked_for_reach_the_bound(maxima, k):
+    maxima = maxima[0].astype(np.float32)
+    assert (maxima >= shortlist.reached_by(maxima, k)).sum() >= k
 
 
 @given(searches())

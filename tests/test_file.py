@@ -180,6 +180,48 @@ def test_a_mapped_memory_outlives_the_replacement_of_its_file(saved):
     assert same(perdure.load(saved), counting(tokens=3))
 
 
+def enormous(path, tokens, dim):
+    """A file of that size in which only the header is written: keys and values are a hole."""
+    memory = perdure.KNNMemory(rows=1, heads=1, dim=dim, capacity=tokens)
+    state = memory.state_dict()
+    state["config"] = np.pad(state["config"], (0, -state["config"].size % 8), constant_values=ord(" "))
+    state["written"][:] = tokens
+    sizes = {"written": [1], "config": [state["config"].size], **dict.fromkeys(("rows.0.keys", "rows.0.values"))}
+    header, end = {}, 0
+    for name, shape in sizes.items():
+        dtype, shape = {"written": "I64", "config": "U8"}.get(name, "F32"), shape or [1, tokens, dim]
+        begin, end = end, end + int(np.prod(shape)) * file.DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    about = {"format": "perdure memory", "seal": "0" * 64, "sha256": dict.fromkeys(header, ""), "version": 1}
+    header["__metadata__"] = {"perdure": json.dumps(about, separators=(",", ":"))}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as whole:
+        whole.write(len(text).to_bytes(8, "little") + text + state["written"].tobytes() + state["config"].tobytes())
+        whole.truncate(8 + len(text) + end)
+    file._seal(path)
+
+
+def test_a_mapped_memory_may_be_larger_than_main_memory(tmp_path):
+    tokens = 2 * file._memory_of_machine() // (2 * 1024 * 4)
+    enormous(tmp_path / "m", tokens, 1024)
+    refused(tmp_path / "m", "at most")
+    memory = perdure.load(tmp_path / "m", mmap=True)
+    assert memory.tokens.tolist() == [tokens]
+    assert not memory.at(np.array([[tokens - 1]])).keys.any()
+
+
+def test_a_mapped_memory_is_not_read_before_it_is_used(saved):
+    memory, whole = perdure.load(saved), bytearray(saved.read_bytes())
+    keys = memory.state_dict()["rows.0.keys"].tobytes()
+    assert whole.count(keys) == 1
+    at = whole.index(keys)
+    whole[at : at + len(keys)] = b"\xff" * len(keys)
+    saved.write_bytes(whole)
+    assert np.isnan(perdure.load(saved, mmap=True).state_dict()["rows.0.keys"]).all()
+    refused(saved, "checksum", mmap=True, verify=True)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -277,17 +319,7 @@ def test_a_configuration_that_lies_is_refused_without_being_obeyed(tmp_path, con
     honest = json.loads(state.pop("config").tobytes())
     honest.pop("kind")
 
-    class Liar(perdure.KNNMemory):
-        def state_dict(self):
-            return pack("KNNMemory", honest | config, state)
-
-    Liar.__name__ = "KNNMemory"
-    liar, kind_of = Liar(1, 1, 1, 1), file.kind_of
-    file.kind_of = lambda memory: "knn"
-    try:
-        file.save(liar, tmp_path / "m")
-    finally:
-        file.kind_of = kind_of
+    file.save_arrays(pack("KNNMemory", honest | config, state), tmp_path / "m")
     if config == {"capacity": 2**70}:
         return  # more than was ever written is a lie nobody is hurt by
     refused(tmp_path / "m", "expected")
@@ -351,6 +383,18 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(saved, monkeypat
     monkeypatch.undo()
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_seal_that_the_system_takes_in_pieces_is_whole(tmp_path, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(disk.os, "pwrite", lambda descriptor, part, start: pwrite(descriptor, part[:5], start))
+    counting().save(tmp_path / "m")
+    assert same(perdure.load(tmp_path / "m"), counting())
+
+
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path):
+    counting().save(tmp_path / ("n" * 255))
+    assert same(perdure.load(tmp_path / ("n" * 255)), counting())
 
 
 def test_without_the_package_the_install_line_is_named(tmp_path, monkeypatch):

@@ -124,6 +124,35 @@ def test_a_source_may_write_so_much_and_no_more(store):
     memory.write(keys(0, 25), keys(0, 25), source="page 1")
 
 
+@pytest.mark.parametrize("source", ["", "x" * 1025, "\ud800", 3, True, ("a",), ["a"], b"a", object()])
+def test_what_is_no_source_is_refused_before_anything_changes(store, source):
+    memory = store.memory("a", kind="knn", **CONFIG)
+    with pytest.raises(perdure.ArgumentError, match="source: expected a text of 1 to 1024 bytes"):
+        memory.write(keys(0, 10), keys(0, 10), source=source)
+    assert memory.tokens.tolist() == [0, 0]
+    store.commit()
+
+
+@pytest.mark.parametrize(
+    "rows", [np.array([0]), [np.int64(0)], (0,), range(1), iter([0])], ids=lambda r: type(r).__name__
+)
+def test_keys_are_clipped_however_their_rows_are_named(store, rows):
+    memory = store.memory("a", kind="knn", **CONFIG)
+    memory.write(keys(0, 300), keys(0, 300))
+    memory.write(keys(1, 5, rows=1) * 100, keys(1, 5, rows=1), rows=rows)
+    assert memory.tokens.tolist() == [305, 300]
+    assert np.linalg.norm(memory.state_dict()["rows.0.keys"], axis=-1).max() < 1.6 * 8 * 1.3
+
+
+@pytest.mark.parametrize("padding", [200, 256, 400])
+def test_a_padding_of_zeros_does_not_end_the_clipping(store, padding):
+    memory = store.memory("a", kind="knn", **CONFIG)
+    memory.write(keys(0, padding) * 0, keys(0, padding))
+    memory.write(keys(0, 300), keys(0, 300))
+    memory.write(keys(1, 5) * 100, keys(1, 5))
+    assert np.linalg.norm(memory.state_dict()["rows.0.keys"], axis=-1).max() < 1.6 * 8 * 1.3
+
+
 @pytest.mark.parametrize("clip", [1, 0.5, -2, float("nan"), float("inf"), "2", True])
 def test_a_clip_that_means_nothing_is_refused(store, clip):
     with pytest.raises(perdure.ArgumentError, match="clip"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from perdure.memory import bodies, catalogue, engine, kinds, schema, writer
+from perdure.memory.guard import Guard
 from perdure.memory.protocol import Memory
 
 import perdure
@@ -193,6 +196,32 @@ def test_one_commit_is_one_moment_for_all_memories(path, monkeypatch):
     store.close()
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_commit_that_is_interrupted_writes_nothing_twice(path, monkeypatch, taken):
+    with perdure.open(path) as store:
+        store.memory("a", **SHAPE)
+    store = perdure.open(path)
+    store.memory("a").write(segment(), segment())
+    before = store.stats()["perdure_store_waiting_bytes"]
+
+    def interrupt(*anything):
+        raise KeyboardInterrupt
+
+    if taken:
+        monkeypatch.setattr(catalogue.ledger, "put_call", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.commit()
+        monkeypatch.undo()
+    else:  # between two instructions
+        entry = store.memory("a")._entry
+        store._catalogue._wait_again(entry, entry.waiting, False)
+    assert store.stats()["perdure_store_waiting_bytes"] == before
+    store.commit()
+    store = reopened(store, path)
+    assert store.memory("a").tokens.tolist() == [5, 5]
+    store.close()
+
+
 def test_what_the_caller_does_to_its_arrays_later_changes_nothing(path):
     keys = segment()
     with perdure.open(path) as store:
@@ -237,6 +266,23 @@ def test_a_rejected_write_changes_nothing_and_is_not_remembered(path, wrong):
         with pytest.raises((perdure.ArgumentError, TypeError)):
             memory.write(**arguments)
         assert same(memory, before)
+    with perdure.open(path) as store:
+        assert same(store.memory("a"), before)
+
+
+@pytest.mark.parametrize("kind", ["knn", "hybrid"])
+def test_rows_to_clear_are_any_row_numbers_and_nothing_else(path, kind):
+    with perdure.open(path) as store:
+        memory = store.memory("a", kind=kind, **KINDS[kind])
+        for rows in ([0], iter([0]), (0,), np.array([0]), range(1)):
+            memory.write(segment(), segment())
+            store.commit()
+            memory.clear(rows)
+            assert memory.tokens[0] == 0
+        for rows in (0, [2], [-1], [0, 0], "0", [None]):
+            with pytest.raises(perdure.ArgumentError, match="rows"):
+                memory.clear(rows)
+        before = memory.state_dict()
     with perdure.open(path) as store:
         assert same(store.memory("a"), before)
 
@@ -477,10 +523,66 @@ def test_after_a_checkpoint_no_trace_is_left(path, how, between):
     store.close()
 
 
+@pytest.fixture
+def scattered(path, monkeypatch):
+    """A store whose last body has free room before it, to which a checkpoint moves it."""
+    monkeypatch.setattr(engine, "INLINE", 0)
+    with perdure.open(path) as store:
+        for name in "abcdef":
+            store.memory(name, **SHAPE).write(segment(n=40), segment(n=40))
+        store.commit()
+        for name in "abcde":
+            store.delete(name)
+        store.commit()
+        yield store
+
+
+def test_a_reader_finds_what_moved_while_it_read(scattered, path, monkeypatch):
+    get, moved = engine.Engine.get, []
+
+    def late(self, memory, number):
+        if not moved:
+            moved.append(scattered._catalogue.give_back())
+        return get(self, memory, number)
+
+    monkeypatch.setattr(engine.Engine, "get", late)
+    before = (path / "bodies").stat().st_size
+    with perdure.open(path, readonly=True) as reader:
+        assert same(reader.memory("f"), scattered.memory("f"))
+    assert moved
+    assert (path / "bodies").stat().st_size < before
+
+
+def test_what_could_not_be_moved_stays_where_it_was(scattered, path, monkeypatch):
+    class Failing:
+        def __init__(self, connection):
+            self.connection = connection
+
+        def __getattr__(self, name):
+            return getattr(self.connection, name)
+
+        def execute(self, text, *rest):
+            if text == "COMMIT":
+                self.connection.execute("ROLLBACK")
+                raise sqlite3.OperationalError("disk I/O error")
+            return self.connection.execute(text, *rest)
+
+    whole = scattered._engine.connection
+    monkeypatch.setattr(scattered._engine, "connection", Failing(whole))
+    with pytest.raises(perdure.StoreError, match="disk"):
+        scattered._catalogue.give_back()
+    monkeypatch.setattr(scattered._engine, "connection", whole)
+    scattered.memory("new", **SHAPE).write(segment(9, n=40), segment(9, n=40))  # into room that is free
+    scattered.commit()
+    scattered.verify()
+    scattered.checkpoint()
+    scattered.verify()
+
+
 @pytest.mark.parametrize("where", ["database", "bodies"])
 def test_the_search_for_traces_finds_those_of_a_store_that_leaves_them(path, monkeypatch, where):
     monkeypatch.setattr(schema, "PRAGMAS", (*schema.PRAGMAS, "secure_delete = OFF"))
-    monkeypatch.setattr(engine.Engine, "give_back", lambda self: None)
+    monkeypatch.setattr(catalogue.Catalogue, "give_back", lambda self: None)
     if where == "bodies":
         monkeypatch.setattr(engine, "INLINE", 0)
     marked = np.full((2, 2, 5, 4), np.frombuffer(b"KANA", np.float32)[0])
@@ -492,6 +594,22 @@ def test_the_search_for_traces_finds_those_of_a_store_that_leaves_them(path, mon
         store.delete("marked")
         store.checkpoint()
         assert traces(path, b"KANAKANA")
+
+
+def test_a_checkpoint_reads_only_what_it_compacts(path):
+    with perdure.open(path) as store:
+        for i in range(6):
+            store.memory(f"{i}", **SHAPE).write(segment(n=20), segment(n=20))
+        store.commit()
+        for i in range(6):
+            n = 40 if i == 1 else 1
+            store.memory(f"{i}").write(segment(n=n), segment(n=n))
+        store.memory("2").clear([0])
+    with perdure.open(path) as store:
+        store.checkpoint()
+        assert store.stats()["perdure_store_loads_total"] == 2
+        assert store.stats()["perdure_store_states_total"] == 2
+        store.verify()
 
 
 def test_a_name_can_be_used_again(path):
@@ -669,6 +787,54 @@ def test_a_forked_child_gets_a_clear_error_and_leaves_the_parent_alone(path):
         assert store.memory("a").tokens.tolist() == [10, 10]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_what_a_thread_of_its_parent_held(path):
+    store, inside, leave = perdure.open(path), threading.Event(), threading.Event()
+
+    def hold():
+        with store._session.using():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+
+    def end_of_block():
+        signal.alarm(20)
+        with store:
+            pass
+
+    assert in_child(lambda: signal.alarm(20) or store.close()) == "nothing"
+    assert in_child(end_of_block) == "ForkError"
+    leave.set()
+    thread.join()
+    store.close()
+
+
+def test_a_store_that_is_dropped_gives_its_files_back(path):
+    store = perdure.open(path)
+    store.memory("a", **SHAPE)
+    store.commit()
+    descriptors = len(os.listdir("/dev/fd"))
+    del store
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) < descriptors
+    with perdure.open(path) as store:
+        assert store.names() == ["a"]
+
+
+def test_a_closed_store_can_be_read_where_nothing_can_be_written(path, monkeypatch):
+    with perdure.open(path) as store:
+        store.memory("a", **SHAPE).write(segment(), segment())
+    before = sorted(os.listdir(path))
+    monkeypatch.setattr(schema.os, "access", lambda folder, mode: False)
+    with perdure.open(path, readonly=True) as reader:
+        assert reader.memory("a").tokens.tolist() == [5, 5]
+        reader.verify()
+        assert sorted(os.listdir(path)) == before
+
+
 def test_threads_share_a_store(path):
     store = perdure.open(path, cache=1)  # everything leaves main memory as soon as it can
     names = [f"{i}" for i in range(6)]
@@ -735,6 +901,25 @@ def test_quotas_refuse_before_anything_changes(path):
         other.write(big, big)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_commit_takes_more_than_the_quotas(path, kind):
+    numbers = np.random.default_rng(0)
+    with perdure.open(path, quota=70_000) as store:
+        larger = {name: 300 for name in KINDS[kind] if name in ("capacity", "compressed")}
+        memory = store.memory("a", kind=kind, quota=40_000, **KINDS[kind] | larger)
+        for step in range(60):
+            keys = segment(step, n=int(numbers.integers(1, 60)))
+            with contextlib.suppress(perdure.QuotaError):
+                memory.write(*((keys, keys) if "heads" in KINDS[kind] else (keys[:, 0],)))
+            if step % 7 == 0:
+                store.checkpoint() if step % 3 == 0 else store.commit()
+                assert store.sizes()["a"] <= 40_000
+        with pytest.raises(perdure.QuotaError, match="quota of the store"):  # also memories that hold nothing
+            [store.memory(f"{i}", kind=kind, **KINDS[kind]) for i in range(100)]
+        store.commit()
+        assert sum(store.sizes().values()) <= 70_000
+
+
 def test_a_full_ring_may_be_written_for_ever_under_its_quota(path):
     with perdure.open(path, quota=30_000) as store:
         memory = store.memory("a", **SHAPE)
@@ -757,6 +942,24 @@ def test_the_cache_holds_few_and_forgets_nothing(path):
         assert stats["perdure_store_evictions_total"] > 0
         for i in range(30):
             assert np.array_equal(store.memory(f"{i}").state_dict()["rows.1.keys"], segment(i, 30)[1])
+
+
+def test_memories_that_hold_nothing_leave_the_cache_too_and_few_are_looked_at(path, monkeypatch):
+    counted, nbytes = [0], Guard.nbytes.fget
+    monkeypatch.setattr(Guard, "nbytes", property(lambda self: counted.append(1) or nbytes(self)))
+    with perdure.open(path, cache=100_000) as store:
+        for i in range(200):
+            store.memory(f"{i}", **SHAPE)
+            if i % 20 == 0:
+                store.commit()
+        store.commit()
+        assert store.stats()["perdure_store_memories_open"] < 60
+        assert len(counted) < 200 * 10
+    with perdure.open(path) as store:
+        counted.clear()
+        for i in range(200):
+            assert store.memory(f"{i}").capacity == 40
+        assert len(counted) < 200 * 4
 
 
 def test_what_waits_does_not_leave_the_cache(path):
@@ -880,6 +1083,44 @@ def test_a_store_is_a_folder_and_no_link_to_one(path, tmp_path):
         with pytest.raises(perdure.FileError, match=r"nothing there|No such file"):
             perdure.open(tmp_path / name, readonly=readonly)
     assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_store_is_only_for_its_owner_whoever_made_the_folder(path):
+    path.mkdir(mode=0o755)
+    with perdure.open(path) as store:
+        store.memory("a", **SHAPE).write(segment(), segment())
+        store.commit()
+        names = ("store.sqlite", "store.sqlite-wal", "store.sqlite-shm", "bodies", "lock")
+        assert {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()} == dict.fromkeys(names, 0o600)
+
+
+@pytest.mark.parametrize("name", [b"a?mode=memory#b%20&c", b"\xff", "zwölf ∞".encode(), b" "])
+def test_a_folder_may_be_called_anything(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    try:
+        path.mkdir()
+    except OSError:
+        pytest.skip("not on this file system")
+    for _ in range(2):
+        with perdure.open(path) as store:
+            store.memory("a", **SHAPE)
+    assert [os.fsencode(file.name) for file in tmp_path.iterdir()] == [name]
+    assert (path / schema.FILE).is_file()
+
+
+def test_a_store_stays_where_it_was_opened(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with perdure.open("store") as store:
+        store.memory("a", **SHAPE).write(segment(), segment())
+        store.commit()
+        before = store.stats()
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        assert store.stats() == before
+        assert before["perdure_store_log_bytes"] > 0
+        with pytest.raises(perdure.FileError, match="a path"):
+            perdure.open("")
+    assert os.listdir() == []
 
 
 def test_a_closed_store_says_so(path):

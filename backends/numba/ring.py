@@ -8,6 +8,7 @@ from . import machine
 from .panels import aligned, empty_panels, place
 from .scan import NO_SCALES
 from .search import Search, query_blocks
+from .shortlist import shortlisted, worthwhile
 from .threads import in_parallel
 from .unit import unit
 
@@ -66,7 +67,12 @@ class Panels:
 
         def work(head: int, block: slice) -> None:
             asked = queries[head, block]
-            search = Search(unit(asked) if self.space == "cosine" else asked, some, self.space)
+            asked = unit(asked) if self.space == "cosine" else asked
+            if worthwhile(len(asked), stored, some):
+                found = shortlisted(asked, *self.heads[head], stored, start, some, self.space == "l2")
+                scores[head, block, :some], ages[head, block, :some] = found
+                return
+            search = Search(asked, some, self.space)
             search.sample(*self.heads[head], stored)
             search.visit(*self.heads[head], 0, start, stored - start)
             search.visit(*self.heads[head], start, stored, -start)

@@ -15,7 +15,8 @@ from ...core import checks, looking, original
 from ...core.basis import Basis, gaussian_basis, gaussians
 from ...core.consolidation import Scheme
 from ...core.density import DENSITIES, expected_basis, interval_mass
-from ...core.positions import fraction, systematic
+from ...core.expectation import fewer_places
+from ...core.positions import systematic
 from ...core.signal import penalty
 from .state import State
 from .transformer_xl import RecurrentState, TransformerXLAttention
@@ -130,7 +131,7 @@ class ContinuousAttention(TransformerXLAttention):
         self.basis = basis if isinstance(basis, Basis) else gaussian_basis(checks.count("basis", basis))
         if self.basis.kind != "gaussian":
             raise ArgumentError("basis", "a Gaussian basis", repr(self.basis), "Pass perdure.gaussian_basis(n).")
-        self.contraction, self.sticky = fraction("contraction", contraction), sticky
+        self.contraction, self.sticky = checks.number("contraction", contraction, 0, 1), sticky
         self.compat = None if compat is None else checks.choice("compat", compat, COMPATIBLE)
         self.density = "gaussian" if compat else checks.choice("density", density, DENSITIES)
         self.floor, self.width, self.centre, self.regulariser = floor, width, centre, regulariser
@@ -175,11 +176,13 @@ class ContinuousAttention(TransformerXLAttention):
                 B, looked = self._turned(B, looked, memory.hidden[:, -self.segment :], memory.position, reading)
             queries = self._heads(self.query(x)).to(B.dtype)
             mean, variance = self._look(queries, B)
-            psi = expected_basis(
-                mean, variance, *self._functions(B.device, B.dtype), self.density
-            )  # (rows, heads, n, N)
-            values = self._heads(B @ self.signal_value.weight.mT.to(B.dtype))
-            read = self._joined(psi @ values).to(x.dtype)
+            functions, few = B, fewer_places(self.basis, variance, self.density, mean.shape[1] * mean.shape[2])
+            if few is None:
+                psi = expected_basis(mean, variance, *self._functions(B.device, B.dtype), self.density)
+            else:
+                psi, functions = few.seen(mean, variance), few.blurred(B)
+            values = self._heads(functions @ self.signal_value.weight.mT.to(B.dtype))
+            read = self._joined(psi @ values).to(x.dtype)  # psi (rows, heads, n, N)
             real = memory.position >= self.segment  # rows that have a signal
             real = (real[:, None] if present is None else real[:, None] & present)[:, None].expand(mean.shape)
             loss = self._loss(mean, variance, real)

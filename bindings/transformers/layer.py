@@ -13,8 +13,10 @@ from ...backends.errors import ArgumentError
 from ...core import checks
 from ...core.attention import Reading
 from ...memory.knn import KNNMemory
-from .mixing import held, read_memory, read_whole
+from .mixing import Whole, held, read_memory, read_whole
 from .positions import Angles, Rotary
+
+WHOLE = ("first", "recent")  # the stores that every query reads whole
 
 
 class LayerMemory:
@@ -65,6 +67,7 @@ class LayerMemory:
         near, far = (0, far - recent) if self.constant else (near - recent, far)
         self.capacities = {"first": sinks, "recent": recent, "near": near, "far": far}
         self.stores: dict[str, KNNMemory] = {}
+        self._whole: dict[Any, Whole] = {}  # what is read whole, until something is written
         self.staged: tuple[torch.Tensor, torch.Tensor, Angles | None] | None = None
 
     @property
@@ -108,20 +111,23 @@ class LayerMemory:
         remembered: each row of memory then serves that many, which follow one another. `before`, one number or (rows,),
         is added to their positions.
         """
-        readings = {}
-        for name, store in self.stores.items():
-            seen = self._seen_from(name, query if name == "recent" else asked, angles, positions)
-            if name in ("first", "recent"):
-                reading = read_whole(store, seen, scale, keep if name == "recent" else 0)
-            else:
-                reading = read_memory(store, seen, self.k, scale)
+        seen = self._seen(query, asked, angles, positions)
+        whole = [name for name in WHOLE if name in seen]
+        if len(whole) == 2 and seen["first"] is seen["recent"]:
+            whole = ["first recent"]
+        readings = {name: read_whole(self._held(name, query), seen[name.split()[0]], scale, keep) for name in whole} | {
+            name: read_memory(store, seen[name], self.k, scale)
+            for name, store in self.stores.items()
+            if name not in WHOLE
+        }
+        for name, reading in readings.items():
             neighbours = reading.neighbours
             if neighbours is not None:
                 found = neighbours.positions
                 shift = np.repeat(before, len(found) // np.size(before)) + self.capacities["first"]
                 later = found + torch.from_numpy(shift).to(found.device)[:, None, None, None]
                 neighbours = replace(neighbours, positions=torch.where(found >= 0, later, -1))
-            readings[name] = replace(reading, neighbours=neighbours)
+                readings[name] = replace(reading, neighbours=neighbours)
         return readings
 
     def stage(self, key: torch.Tensor, value: torch.Tensor, angles: Angles | None) -> None:
@@ -134,6 +140,7 @@ class LayerMemory:
     def write(self, mask: torch.Tensor | None, positions: torch.Tensor) -> None:
         """Store the segment staged, which stands at `positions` (rows or 1, n), but for padding (False in `mask`)."""
         (key, value, angles), self.staged = self.staged, None
+        self._whole = {}
         rows, heads, n, dim = key.shape
         if not self.stores:
             sizes = {"rows": rows, "heads": heads, "dim": dim, "value_dim": value.shape[3], **self.settings}
@@ -162,6 +169,7 @@ class LayerMemory:
         ------
         ArgumentError
         """
+        self._whole = {}
         names = {name.partition(".")[0] for name in arrays}
         for name in (known for known in self.capacities if known in names):
             state = {n.partition(".")[2]: a for n, a in arrays.items() if n.startswith(f"{name}.")}
@@ -172,12 +180,17 @@ class LayerMemory:
         if names and sizes != {name: size for name, size in self.capacities.items() if size}:
             raise ArgumentError("state", f"stores of {self.capacities}", f"{sizes}", "Pass an unaltered state.")
 
+    def take_over(self, other: LayerMemory) -> None:
+        """Hold what another of the same sizes held."""
+        self.stores, self._whole = other.stores, {}
+
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes a copy of what row `rows[i]` was."""
-        self.stores = {name: store.select(rows) for name, store in self.stores.items()}
+        self.stores, self._whole = {name: store.select(rows) for name, store in self.stores.items()}, {}
 
     def clear(self, rows: Sequence[int] | None) -> None:
         """Forget `rows`; None is all, and any number of rows may come next."""
+        self._whole = {}
         for store in self.stores.values():
             store.clear(rows)
         if rows is None:
@@ -210,19 +223,31 @@ class LayerMemory:
             key = self._turned(key, angles, 0)
         store.write(key, value, mask=present, tags=None if name == "far" else stood)
 
-    def _seen_from(
-        self, name: str, query: torch.Tensor, angles: Angles | None, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """`query` at the distance from which the keys of a store are seen."""
-        if self.rotary is None or name in ("recent", "near"):
-            return query
-        if name == "far" or self.constant:
-            return self._turned(query, angles, self.distance)
-        if (
-            not self.capacities["far"] or int(positions.max()) <= self.distance
-        ):  # the first tokens, still as near as they are
-            return query
-        return self.rotary.turn(query, angles, self.rotary.angles(positions.clamp(max=self.distance), query))
+    def _seen(
+        self, query: torch.Tensor, asked: torch.Tensor, angles: Angles | None, positions: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The queries for each store, at the distance from which its keys are seen."""
+        seen = {name: query if name == "recent" else asked for name in self.stores}
+        if self.rotary is None:
+            return seen
+        if self.constant or "far" in seen:
+            turned = self._turned(asked, angles, self.distance)
+            seen |= {name: turned for name in ("first", "far") if name in seen and (self.constant or name == "far")}
+        if "first" in seen and not self.constant and int(positions.max()) > self.distance and self.capacities["far"]:
+            least = positions.clamp(max=self.distance)  # the first tokens, as near as they are, or else at `distance`
+            all_far = "far" in seen and int(least.min()) == self.distance
+            seen["first"] = turned if all_far else self.rotary.turn(asked, angles, self.rotary.angles(least, asked))
+        return seen
+
+    def _held(self, names: str, like: torch.Tensor) -> Whole:
+        """What stores with these names hold, copied when first asked for."""
+        key = names, like.dtype, like.device
+        if key not in self._whole:
+            stores = names.split()
+            with torch.inference_mode(False):  # it may be read with gradients later
+                told = [name == "recent" for name in stores]
+                self._whole[key] = Whole.of([self.stores[name] for name in stores], told, like)
+        return self._whole[key]
 
     def _turned(self, vectors: torch.Tensor, angles: Angles | None, position: int) -> torch.Tensor:
         """`vectors`, rotated by `angles`, as if they stood at `position`."""

@@ -237,7 +237,7 @@ class ModelMemory(Keeping):
         """Remember what `layers` hold instead: tokens `history`, and `following`, where the next ones stand."""
         self._drop_staged()
         for i, layer in self.layers.items():
-            layer.stores = layers[i].stores
+            layer.take_over(layers[i])
         self.history = history
         self.following = None if following is None else following.to(next(self.model.parameters()).device)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ...backends.errors import ArgumentError
+from ...backends.torch import fused
 from ...core.attention import Reading, attend
 from ...core.retrieval import Neighbours
 from ...memory.knn import KNNMemory
@@ -27,12 +29,15 @@ def read_locally(
         As the model made it: boolean, or added to the scores; None is plain causal order.
     """
     rows, heads, n = key.shape[:3]
-    group = query.shape[1] // heads
-    allowed = as_boolean(mask, query.shape[2], n, query.device)
-    if allowed is not None:
-        allowed = allowed.expand(-1, group, -1, -1).reshape(allowed.shape[0], 1, -1, n)
-    reading = attend(query.reshape(rows, heads, -1, query.shape[3]), key, value, scale=scale, mask=allowed)
-    return Reading(reading.output.reshape(*query.shape[:3], -1), reading.lse.reshape(query.shape[:3]))
+    q, causal = query.shape[2], mask is None and query.shape[2] == n
+    grouped = query.reshape(rows, heads, -1, q, query.shape[3])  # (rows, heads, group, q, dim)
+    key, value = key[:, :, None], value[:, :, None]
+    output = fused(grouped, key, value, scale, None, n > 1) if causal else None
+    if output is None:
+        allowed = as_boolean(mask, q, n, query.device)
+        reading = attend(grouped, key, value, scale=scale, mask=None if allowed is None else allowed[:, :, None])
+        output = reading.output, reading.lse
+    return Reading(output[0].reshape(*query.shape[:3], -1), output[1].reshape(query.shape[:3]))
 
 
 def as_boolean(mask: torch.Tensor | None, q: int, n: int, device: torch.device) -> torch.Tensor | None:
@@ -82,24 +87,62 @@ def unfold(folded: torch.Tensor, rows: int) -> torch.Tensor:
     return folded.reshape(fewer, heads, times, many // times, width).transpose(1, 2).reshape(rows, heads, -1, width)
 
 
-def read_whole(memory: KNNMemory, query: torch.Tensor, scale: float, keep: int) -> Reading:
+@dataclass(frozen=True)
+class Whole:
+    """What is read whole: all that some stores hold.
+
+    Attributes
+    ----------
+    keys, values : tensors (rows, heads, n, dim)
+    there : bool tensor (rows, n)
+        False fills up a row that holds less than others.
+    positions : int64 tensor (rows, n)
+        -1 where there is nothing, or nothing that a trace is to tell.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    there: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def of(cls, stores: Sequence[KNNMemory], told: Sequence[bool], like: torch.Tensor) -> Whole:
+        """All of some `stores`, with the positions of those whose are `told`, as `like` computes and where it is."""
+        parts = [held(store, store.tokens, like) for store in stores]
+        positions = [torch.from_numpy(part.positions).to(like.device) for part in parts]
+        hidden = [p if t else torch.full_like(p, -1) for p, t in zip(positions, told, strict=True)]
+        return cls(
+            torch.cat([part.keys for part in parts], dim=2),
+            torch.cat([part.values for part in parts], dim=2),
+            torch.cat(positions, dim=1) >= 0,
+            torch.cat(hidden, dim=1),
+        )
+
+    def repeated(self, times: int) -> Whole:
+        """The same, where each row serves `times` rows that follow one another."""
+        if times == 1:
+            return self
+        return Whole(*(a.repeat_interleave(times, dim=0) for a in (self.keys, self.values, self.there, self.positions)))
+
+
+def read_whole(whole: Whole, query: torch.Tensor, scale: float, keep: int) -> Reading:
     """Attention over everything that is held, for every query (rows, query_heads, q, dim), and the `keep` nearest.
 
     For many queries over a few hundred tokens this costs a fraction of what finding the nearest of them does.
     """
-    oldest = held(memory, memory.tokens, query)
-    times = query.shape[0] // memory.rows
-    there = torch.from_numpy(oldest.positions).to(query.device).repeat_interleave(times, dim=0)  # (rows, n)
-    keys, values = (a.repeat_interleave(times, dim=0) for a in (oldest.keys, oldest.values))
-    mask = (there >= 0)[:, None, None].expand(-1, 1, query.shape[2], -1)
-    reading = read_locally(query, keys, values, mask, scale)
-    if not keep or not there.shape[1]:
-        return reading
     rows, heads, q, dim = query.shape
-    scores = query.detach().reshape(rows, keys.shape[1], -1, dim) @ keys.transpose(2, 3)
-    scores = scores.reshape(rows, heads, q, -1).masked_fill(~mask, -torch.inf)
+    whole = whole.repeated(rows // len(whole.there))
+    mask = None if bool(whole.there.all()) else whole.there[:, None, None, None]
+    grouped = query.reshape(rows, whole.keys.shape[1], -1, q, dim)
+    reading = attend(grouped, whole.keys[:, :, None], whole.values[:, :, None], scale=scale, mask=mask)
+    reading = Reading(reading.output.reshape(rows, heads, q, -1), reading.lse.reshape(rows, heads, q))
+    told = whole.positions >= 0
+    if not keep or not told.any():
+        return reading
+    scores = (grouped.detach() @ whole.keys[:, :, None].mT).reshape(rows, heads, q, -1)
+    scores = scores.masked_fill(~told[:, None, None], -torch.inf)
     scores, nearest = scores.topk(min(keep, scores.shape[-1]), dim=-1)
-    positions = there[:, None, None].expand(rows, heads, q, -1).gather(-1, nearest)
+    positions = whole.positions[:, None, None].expand(rows, heads, q, -1).gather(-1, nearest)
     return replace(reading, neighbours=Neighbours(scores, positions))
 
 

@@ -108,7 +108,7 @@ def join(
         before = 0 if memory is seam.layer or seam.layer.empty else seam.layer.written  # a cache follows what was read
         asked = query if factor is None else query * factor.abs().to(query.dtype)[:, None, None]
         for name, reading in memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, keep).items():
-            (beside if name in ("first", "recent") else found).append(reading)
+            (found if name in ("near", "far") else beside).append(reading)
     local, trace = merge(at_hand, *beside), seam.memory.trace
     if bias is None or not found:
         joined = merge(local, *found)

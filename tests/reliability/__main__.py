@@ -18,8 +18,8 @@ CHECKS = {  # name: (module, fast count, long count)
     "mutate_files": ("mutate", 8000, 800_000),
     "mutate_stores": ("mutate", 2000, 200_000),
     "hostile": ("hostile", 1, 1),
-    "readers": ("readers", 500, 100_000),
-    "isolation": ("isolation", 20_000, 5_000_000),
+    "readers": ("readers", 500, 20_000),
+    "isolation": ("isolation", 20_000, 200_000),
     "threads": ("threads", 5, 600),
     "soak": ("soak", 15, 7200),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import perdure
 
-from .workload import QUICK, STORES, Expected, do, fingerprint
+from .workload import NAMES, QUICK, STORES, Expected, do, fingerprint
 
 MODES = {"fail once": 1, "fail from then on": 2, "kill before": 3, "kill after": 4, "cut short": 5}
 STEPS = 11
+SAVED = (4, 9)  # steps after which one memory is also saved to a file
 
 
 def preloaded(arguments):
@@ -39,16 +41,21 @@ def preloaded(arguments):
         )
 
 
-def steps(store, told):
+def steps(store, file, told):
     """The workload, in which a commit that fails is tried again after the next step."""
     for step in range(STEPS):
         do(step, store.memory, store.delete)
         told(b"a")
         try:
             store.checkpoint() if step % 5 == 4 else store.commit()
+            told(b"c")
         except perdure.PerdureError:
-            continue
-        told(b"c")
+            pass
+        if step in SAVED:
+            told(b"s")
+            with contextlib.suppress(perdure.PerdureError):
+                store.memory(NAMES[1]).save(file)
+                told(b"S")
 
 
 def attempt(make, folder, mode, nth, number):
@@ -62,7 +69,7 @@ def attempt(make, folder, mode, nth, number):
         code = 0
         try:
             store = make(folder + "/store")
-            steps(store, lambda text: os.write(writing, text))
+            steps(store, folder + "/saved", lambda text: os.write(writing, text))
             shim.faults_set(0, ctypes.c_long(0), 0)
             store.close()
         except perdure.PerdureError:
@@ -88,7 +95,7 @@ def calls(make):
             shim.faults_watch(folder.encode(), -1)
             shim.faults_set(0, ctypes.c_long(0), 0)
             store = make(folder + "/store")
-            steps(store, lambda text: None)
+            steps(store, folder + "/saved", lambda text: None)
             os.write(writing, str(shim.faults_count()).encode())
             os._exit(0)
         os.close(writing)
@@ -124,8 +131,17 @@ def inject(count, seed, under="durable", modes=tuple(MODES)):
                     store.close()
                 possible = {expected[step] for step in range(acknowledged, attempted + 1)}
                 assert found in possible, f"{where}: not a state between commits {acknowledged} and {attempted}"
+                check_file(Path(folder, "saved"), told.replace(b"a", b"").replace(b"c", b""), expected, where)
             done[mode] += 1
     return {"calls that can fail": total, **done}
+
+
+def check_file(path, told, expected, where):
+    """The file is the last whose saving was acknowledged, or a later one that was begun; whole in any case."""
+    acknowledged, attempted = told[: told.rfind(b"S") + 1].count(b"s"), told.count(b"s")
+    possible = [expected.part(SAVED[i - 1] + 1, NAMES[1]) for i in range(max(acknowledged, 1), attempted + 1)]
+    if path.exists() or acknowledged:
+        assert fingerprint({NAMES[1]: perdure.load(path)}) in possible, f"{where}: the file is of no state saved"
 
 
 def trace(count, seed, under="durable"):

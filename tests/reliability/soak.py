@@ -18,6 +18,7 @@ SHAPE = {"rows": 1, "heads": 2, "dim": 16, "capacity": 500}
 INDEXED = SHAPE | {"capacity": 6000, "index": "ivf"}  # more keys than are searched exactly
 TOKENS, NEW = 200, 400  # written in a round, to one of the twelve and to the indexed one
 ROUNDS = 320  # at least: ten turnovers of the twelve, and twenty of the indexed one
+PACE = 4  # rounds a second, where that is more than ROUNDS in all: a server's load, under which hours can be spent
 WARM = 0.2  # of the rounds, in which files, caches and the allocator reach their size
 
 
@@ -48,6 +49,7 @@ def soak(count, seed, under="durable"):
                 memory.read(queries, k=8)
             store.commit()
             spent.append((time.perf_counter() - clocks[0], time.process_time() - clocks[1]))
+            time.sleep(max(0, started + len(spent) / PACE - time.monotonic() if count * PACE > ROUNDS else 0))
             if len(spent) % 8 == 0:
                 store.clear(name)
                 store.checkpoint()
