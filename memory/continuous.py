@@ -292,14 +292,14 @@ class ContinuousMemory(Foresight, Savable):
         checks.finite(**{"state['coefficients']": signals.coefficients, "state['shown']": signals.timeline.tokens})
         return memory
 
-    def to(self, device: Any, device_capacity: None = None) -> Self:
+    def to(self, device: Any, device_capacity: int | None = None) -> Self:
         """A memory of its own with what this one holds, on `device`; arguments and errors are the constructor's.
 
         Parameters
         ----------
         device : "cpu", "cuda", "cuda:N", or a framework's device object
-        device_capacity : None
-            For kinds of memory that hold tokens.
+        device_capacity : int, optional
+            For kinds of memory that hold tokens; here it is refused.
         """
         if device_capacity is not None:
             expected = "None, for there are no tokens to keep elsewhere"
