@@ -87,7 +87,7 @@ class Retrieving:
         ----------
         positions : int64 NumPy array (rows, n)
             Of tokens held now; -1 is none, and gives zeros.
-        beside : array, optional
+        beside : array (...,), optional
             In whose framework, dtype and on whose device keys and values come; NumPy by default.
 
         Returns
