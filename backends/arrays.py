@@ -154,5 +154,10 @@ def narrow(array: Any, dtype: Any) -> Any:
     xp = namespace(array)
     largest = xp.finfo(dtype).max
     if largest < xp.finfo(array.dtype).max:
+        if xp is np:  # most often nothing leaves it, which costs one look at the result
+            with np.errstate(over="ignore"):
+                made = array.astype(dtype)
+            if np.isfinite(made).all():
+                return made
         array = xp.where(xp.isinf(array), array, xp.clip(array, -largest, largest))
     return cast(array, dtype)

@@ -5,6 +5,7 @@ resampled positions. The limit is the time of the matrix products and of the exp
 algorithm, measured here at these shapes. All take turns in one process on one thread, and CPU time is measured, so that
 a busy machine slows all alike; medians over rounds are shown. "Construction" is what the first update of a new (N, L,
 M) costs beyond a repeated one: factorisation, recurrence, rounding to float32 and the search for windows.
+"Attend" looks as widely as before training; "focused" through densities so narrow that no place can be spared.
 
     nox -s bench -- continuous --shapes=512/512 --rounds=9
 """

@@ -126,7 +126,7 @@ def retained(memory: ContinuousMemory, row: int = 0) -> Any:
     axis.set(
         xlabel="age in tokens",
         ylabel="basis functions a token",
-        title=f"{int(shown[-1])} tokens in {len(memory.basis)}",
+        title=f"{int(shown[-1])} tokens in {len(memory.basis)} functions",
     )
     return figure
 

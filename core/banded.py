@@ -75,24 +75,37 @@ class BlockGram:
                 couplings.append(blas.dtrsm(1.0, factor, self.below[k], side=1, lower=1, trans_a=1))
         # F^T's columns to the right of a block's window are still zero on the way down; what decays to the left of it
         # is dropped once it is below rounding, and likewise on the way up
-        out = np.zeros_like(F)
+        out = np.zeros(F.shape)
+        room = [np.empty((max(f.shape[0] for f in factors), F.shape[1])) for _ in range(2)]
         seen: list[slice] = []
         for k, (rows, factor) in enumerate(zip(self.blocks, factors, strict=True)):
             within = _hull(self.windows[k], seen[-1]) if k else self.windows[k]
-            part = F[rows, within].copy()
+            part = _copied(F[rows, within], room[0])
             if k:
-                part[:, _inside(seen[-1], within)] -= couplings[k - 1] @ out[self.blocks[k - 1], seen[-1]]
+                _subtract(part[:, _inside(seen[-1], within)], couplings[k - 1], out[self.blocks[k - 1], seen[-1]], room)
             seen.append(_store(out, rows, within, _solved(factor, part, trans=1)))
         for k in range(len(factors) - 1, -1, -1):
             rows, within = self.blocks[k], seen[k]
             if k < len(couplings):
                 above = seen[k + 1]
                 within = _hull(within, above)
-            part = out[rows, within].copy()
+            part = _copied(out[rows, within], room[0])
             if k < len(couplings):
-                part[:, _inside(above, within)] -= couplings[k].T @ out[self.blocks[k + 1], above]
+                _subtract(part[:, _inside(above, within)], couplings[k].T, out[self.blocks[k + 1], above], room)
             seen[k] = _store(out, rows, within, _solved(factors[k], part, trans=0))
         return out
+
+
+def _copied(part: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """A contiguous copy in memory that is there already: fresh pages cost more than what is written to them."""
+    copy = room.reshape(-1)[: part.size].reshape(part.shape)
+    copy[...] = part
+    return copy
+
+
+def _subtract(part: np.ndarray, left: np.ndarray, right: np.ndarray, room: list[np.ndarray]) -> None:
+    """part -= left @ right."""
+    part -= np.matmul(left, right, out=room[1].reshape(-1)[: part.size].reshape(part.shape))
 
 
 def _nonzero_columns(F: np.ndarray) -> slice:

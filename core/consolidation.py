@@ -16,9 +16,9 @@ from . import original as published
 from .basis import Basis, gaussians
 from .positions import after_contraction, centred
 from .ridge import CACHE, FitOperator, beside, fit_operator
-from .windows import TILE, Windows, multiply, on_cpu, windows
+from .windows import Windows, multiply, on_cpu, windows
 
-SAMPLES_AT_ONCE = 64
+AT_ONCE = 64  # samples, or functions, that one product is about
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Scheme:
 
         def make() -> np.ndarray:
             made, t = np.empty((len(self.basis), len(self.basis))), self.old_positions()
-            for first in range(0, len(self.basis), TILE):
-                some = slice(first, first + TILE)
+            for first in range(0, len(self.basis), AT_ONCE):
+                some = slice(first, first + AT_ONCE)
                 felt, psi = self.basis.sampled(some, t)
                 np.matmul(operator.matrix[:, felt], psi, out=made[:, some])
             made.setflags(write=False)
@@ -106,9 +106,9 @@ def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: Any = Non
         return apply((operator.key, M, "recurrence"), scheme.recurrence(operator), B, new)
     key, old, basis = (operator.key, "old", M), operator.matrix[:, :M], scheme.basis
     n, e = B.shape[-2:]
-    if _narrow(basis) or n * (M + e) > 2 * M * e:
+    if _narrow(basis) or n * (M + e) > 2 * M * e:  # fewer products than through a C of these positions
         return apply(key, old, evaluate(basis, B, where), new)
-    return apply(key, old, basis(_beside(where, B))) @ B + new  # C B, with the C of these positions
+    return apply(key, old, basis(_beside(where, B))) @ B + new
 
 
 def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: np.ndarray, counts: np.ndarray) -> Any:
@@ -136,13 +136,13 @@ def evaluate(basis: Basis, B: Any, where: Any) -> Any:
         return basis(_beside(where, B)) @ B
     itemsize = 4 if "32" in str(B.dtype) else 8
     centers, widths = basis.beside(B)
-    at, runs = like_of(where, B), range(0, where.shape[-1], SAMPLES_AT_ONCE)
+    at, runs = like_of(where, B), range(0, where.shape[-1], AT_ONCE)
     out = np.empty((*where.shape, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
     rows = []
     for row in np.ndindex(*where.shape[:-1]):
         parts = []
         for first in runs:
-            some = slice(first, first + SAMPLES_AT_ONCE)
+            some = slice(first, first + AT_ONCE)
             t = where[row][some]
             near = basis.felt(t[0], t[-1], itemsize)
             psi = gaussians(at[row][some], centers[near], widths[near])
@@ -164,4 +164,4 @@ def _beside(where: Any, B: Any) -> Any:
 
 def _narrow(basis: Basis) -> bool:
     """Whether looking only at the functions near a position saves anything."""
-    return basis.ascending and len(basis) > 2 * SAMPLES_AT_ONCE
+    return basis.ascending and len(basis) > 2 * AT_ONCE

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..backends.arrays import framework, namespace
 
-TILE = 64  # rows of one product: large enough for the matrix product to run at full speed
+TILE = 32  # rows of one product: fewer keep less, and do not run at full speed
 LEFT_OUT = {4: 1e-6, 8: 1e-15}  # by itemsize: sum of |entries| left out of a row, over the largest such sum of a row
 
 Windows = tuple[tuple[int, int, int, int], ...]
@@ -52,7 +52,8 @@ def multiply(matrix: Any, tiles: Windows, x: Any, addend: Any = None) -> Any:
         return made if addend is None else made + addend
     if addend is not None:
         for a, b, c, d in tiles:
-            addend[..., a:b, :] += np.matmul(matrix[a:b, c:d], x[..., c:d, :])
+            if c < d:
+                addend[..., a:b, :] += np.matmul(matrix[a:b, c:d], x[..., c:d, :])
         return addend
     out = np.empty((*x.shape[:-2], matrix.shape[0], x.shape[-1]), x.dtype)
     for a, b, c, d in tiles:

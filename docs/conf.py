@@ -1,5 +1,9 @@
 """How Sphinx builds the documentation; `nox -s docs` runs it against the installed package."""
 
+import runpy
+from pathlib import Path
+from typing import Any
+
 import perdure
 
 project = "perdure"
@@ -27,3 +31,9 @@ default_role = "code"  # `x` in a docstring is code, as in Markdown
 # The standard `>>>` examples of all pages and docstrings run, each page in a namespace of its own.
 doctest_test_doctest_blocks = "default"
 doctest_global_setup = "import numpy as np\nimport perdure"
+
+
+def setup(app: Any) -> None:
+    """Draw the pictures before the pages that show them are read."""
+    script = runpy.run_path(str(Path(app.srcdir) / "examples" / "continuous_pictures.py"))
+    app.connect("builder-inited", lambda app: script["draw"](Path(app.srcdir) / "generated"))

@@ -157,7 +157,9 @@ class ContinuousMemory(Foresight, Savable):
 
     def _signal(self, B: Any, dtype: Any = None) -> Signal:
         scheme = self.scheme
-        return Signal(B, self.basis, scheme.ridge, dtype or B.dtype, self._last_segment, scheme.original)
+        return Signal(
+            B, self.basis, scheme.ridge, B.dtype if dtype is None else dtype, self._last_segment, scheme.original
+        )
 
     @exclusive
     def write(

@@ -1,5 +1,7 @@
 """ContinuousMemory: rows, ragged writes, stickiness, saving, and numbers that stay right for ten thousand writes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import array_api_strict
 import numpy as np
 import pytest
@@ -207,17 +209,39 @@ def test_aggregation_over_bins_is_exact(rng, is_original):
 
 
 @pytest.mark.parametrize("widths", [None, [0.01, 0.02]])
-def test_windows_leave_out_nothing_that_matters(rng, widths):
+@pytest.mark.parametrize("width", [4, 600])
+def test_windows_leave_out_nothing_that_matters(rng, widths, width):
     basis = perdure.gaussian_basis(256, widths)
-    B, x = rng.standard_normal((256, 4)), rng.standard_normal((200, 4))
+    B, x = rng.standard_normal((256, width)), rng.standard_normal((200, width))
     scheme = Scheme(basis, 1e-3, 300)
     where = np.sort(rng.random(300))
     operator = scheme.later(0.5, 200)
     for at, samples in ((None, basis(scheme.old_positions())), (where, basis(where))):
         wanted = operator.matrix @ np.concatenate([samples @ B, x])
         for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
-            got = updated(scheme, B.astype(dtype), x.astype(dtype), 0.5, at)
-            assert np.abs(got - wanted).max() < tolerance * np.abs(wanted).max()
+            for convert in (np.asarray, torch.from_numpy):
+                got = updated(scheme, convert(B.astype(dtype)), convert(x.astype(dtype)), 0.5, at)
+                assert np.abs(np.asarray(got) - wanted).max() < tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rectangular"])
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+def test_few_functions_and_wide_vectors_are_updated_by_a_matrix_of_the_positions(rng, kind, lead):
+    basis = perdure.gaussian_basis(24) if kind == "gaussian" else perdure.rectangular_basis(24)
+    B, x = rng.standard_normal((*lead, 24, 100)), rng.standard_normal((*lead, 50, 100))
+    where = np.sort(rng.random((*lead, 200)), axis=-1)
+    scheme = Scheme(basis, 1e-3, 200)
+    wanted = scheme.later(0.5, 50).matrix @ np.concatenate([basis(where) @ B, x], axis=-2)
+    for convert in (np.asarray, torch.from_numpy, array_api_strict.asarray):
+        assert np.allclose(np.asarray(updated(scheme, convert(B), convert(x), 0.5, where)), wanted, atol=1e-11)
+
+
+def test_threads_that_write_at_once_lose_nothing(rng):
+    mem, x = memory(rows=1), rng.standard_normal((1, 3, 3))
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(mem.write, x) for _ in range(200)]:
+            done.result()
+    assert mem.tokens.tolist() == [600]
 
 
 def test_compat_positions(rng):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from perdure.backends.special import ranks
 from perdure.core.basis import Basis, gaussian_basis, rectangular_basis
 from perdure.core.positions import after_contraction, resample
 
@@ -93,6 +94,16 @@ def test_systematic_resampling_keeps_the_shares(bins, samples, seed):
         p = p / p.sum() if p.sum() else np.full(bins, 1 / bins)
         counts = np.histogram(row, np.arange(bins + 1) / bins)[0]
         assert (np.abs(counts - p * samples) < 1 + 1e-9).all()
+
+
+@given(st.integers(0, 9), st.integers(0, 20), st.sampled_from([(), (3,), (2, 2)]), st.integers(0, 2**32))
+def test_ranks_count_what_is_at_most_each_value(size, values, lead, seed):
+    rng = np.random.default_rng(seed)
+    ends = np.sort(rng.integers(0, 5, (*lead, size)), axis=-1).astype(float)
+    wanted = rng.integers(-1, 6, (*lead, values)).astype(float)
+    counts = (wanted[..., None] >= ends[..., None, :]).sum(axis=-1)
+    for convert in (np.asarray, torch.from_numpy, array_api_strict.asarray):
+        assert np.array_equal(np.asarray(ranks(convert(ends), convert(wanted))), counts)
 
 
 def test_update_leaves_the_signal_and_equal_seeds_agree():
