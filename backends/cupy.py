@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import optional_import
-from .cuda import attention, expected, histogram, retrieve, retrieve_stored, unit
+from .cuda import attention, expected, histogram, retrieve, retrieve_stored, systematic, unit
 from .errors import BackendError
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "probe",
     "retrieve",
     "retrieve_stored",
+    "systematic",
     "to_numpy",
     "unit",
 ]

@@ -24,6 +24,9 @@ class Host:
     give = staticmethod(like)
     watched = staticmethod(nullcontext)
 
+    def __reduce__(self) -> str:
+        return "HOST"  # there is one
+
 
 HOST = Host()
 
@@ -55,6 +58,9 @@ class Place:
                 return like(to_numpy(array), reference, dtype)
             array = xp.from_dlpack(array)
         return narrow(array, reference.dtype if dtype is None else dtype) if is_floating(array) else array
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return place_of, (self.device,)
 
     def watched(self) -> AbstractContextManager[None]:
         """Inside, a device that is full raises DeviceMemoryError."""

@@ -119,6 +119,14 @@ def histogram(mean: Any, variance: Any, edges: Any, density: str) -> Any:
     return _through_numba("histogram", (mean, variance, edges, density))
 
 
+def systematic(histogram: Any, samples: int, shift: Any = 0.5) -> Any:
+    tensors = [histogram, shift] if framework(shift) == "torch" else [histogram]
+    if (operators := _on_gpu(*tensors)) and operators.density.systematic_fits(histogram, samples):
+        whole = shift if len(tensors) == 2 else histogram.new_full((1,), shift)
+        return operators.systematic(histogram, samples, whole)
+    return NotImplemented
+
+
 def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float, mask: Any, start: int) -> Any:
     if positions is None:
         return _fused(queries, keys, values, scale, mask)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..backends import kernel
-from ..backends.arrays import computing_dtype, framework, namespace
+from ..backends.arrays import computing_dtype, framework, inspectable, namespace
 from ..backends.errors import ArgumentError, NonFiniteError, ShapeError
 from ..backends.exchange import like as like_of
 from . import checks
@@ -259,7 +259,7 @@ def positions_in(argument: str, t: Any, /, **beside: Any) -> Any:
         t = like_of(checks.plain(argument, t), like, computing_dtype(like))
     checks.floating_arrays(**beside, **({} if argument in beside else {argument: t}))
     checks.finite(**{argument: t})
-    if not bool(xp.all((t >= 0) & (t <= 1))):
+    if inspectable(t) and not bool(xp.all((t >= 0) & (t <= 1))):
         raise ArgumentError(
             argument, "positions within [0, 1]", f"{float(xp.min(t)):.4g} to {float(xp.max(t)):.4g}", "Scale them."
         )

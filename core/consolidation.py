@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.arrays import framework, namespace
+from ..backends.arrays import cast, framework, namespace
 from ..backends.exchange import like as like_of
 from . import original as published
 from .basis import Basis, gaussians
@@ -95,7 +95,7 @@ def fitted(scheme: Scheme, x: Any) -> Any:
     return apply(operator.key, operator.matrix, x)
 
 
-def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: np.ndarray | None = None) -> Any:
+def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: Any = None) -> Any:
     """Coefficients after an update with x (..., L, e).
 
     `where` (..., M), ascending: positions of the old signal to keep; None for the uniform ones, all alike.
@@ -108,7 +108,7 @@ def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: np.ndarra
     n, e = B.shape[-2:]
     if _narrow(basis) or n * (M + e) > 2 * M * e:  # fewer products than through a C of these positions
         return apply(key, old, evaluate(basis, B, where), new)
-    return apply(key, old, basis(like_of(where, B))) @ B + new
+    return apply(key, old, basis(_beside(where, B))) @ B + new
 
 
 def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: np.ndarray, counts: np.ndarray) -> Any:
@@ -127,13 +127,13 @@ def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: 
     return kept + apply((operator.key, "new", M), operator.matrix[:, M:], x)
 
 
-def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
+def evaluate(basis: Basis, B: Any, where: Any) -> Any:
     """The signal B (..., N, e) at ascending positions `where` (..., T): (..., T, e).
 
     On the CPU only the functions near each run of positions are made and multiplied.
     """
-    if not _narrow(basis) or not on_cpu(B):
-        return basis(like_of(where, B)) @ B
+    if not isinstance(where, np.ndarray) or not _narrow(basis) or not on_cpu(B):
+        return basis(_beside(where, B)) @ B
     itemsize = 4 if "32" in str(B.dtype) else 8
     centers, widths = basis.beside(B)
     at, runs = like_of(where, B), range(0, where.shape[-1], AT_ONCE)
@@ -155,6 +155,11 @@ def evaluate(basis: Basis, B: Any, where: np.ndarray) -> Any:
         return out
     xp = namespace(B)
     return xp.reshape(xp.concat([part for parts in rows for part in parts], axis=0), (*where.shape, B.shape[-1]))
+
+
+def _beside(where: Any, B: Any) -> Any:
+    """Positions in the dtype of B, and where it is: NumPy's, or there already."""
+    return like_of(where, B) if isinstance(where, np.ndarray) else cast(where, B.dtype)
 
 
 def _narrow(basis: Basis) -> bool:

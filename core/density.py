@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..backends import kernel
-from ..backends.arrays import cast, computing_dtype, framework, namespace
+from ..backends.arrays import cast, computing_dtype, framework, inspectable, namespace
 from ..backends.errors import ArgumentError
 from ..backends.exchange import like as like_of
-from ..backends.exchange import to_numpy
 from ..backends.special import NARROWEST, WIDEST, erf
 from . import checks
 from .basis import edges_in, positions_in
@@ -59,13 +58,12 @@ def mass(mean: Any, variance: Any, edges: Any, density: str = "truncated_gaussia
     return interval_mass(mean, variance, cast(edges_in(edges, mean=mean), mean.dtype), density)
 
 
-def attention_mass(mean: Any, variance: Any, edges: np.ndarray, density: str) -> np.ndarray:
+def attention_mass(mean: Any, variance: Any, edges: np.ndarray, density: str) -> Any:
     """Histogram of where queries looked, summed over all of them: what a sticky memory samples from.
 
-    mean, variance (..., q), checked; edges float64 (D + 1,) -> float64 (..., D) in host memory, of any scale.
+    mean, variance (..., q), checked; edges float64 (D + 1,) -> (..., D) beside them, of any scale.
     """
-    bins = like_of(edges, mean)
-    return to_numpy(histogram(mean, variance, bins, density)).astype(np.float64)
+    return histogram(mean, variance, like_of(edges, mean), density)
 
 
 def checked_densities(mean: Any, variance: Any, density: str, /, **beside: Any) -> tuple[Any, Any]:
@@ -84,7 +82,7 @@ def checked_densities(mean: Any, variance: Any, density: str, /, **beside: Any) 
         variance = like_of(np.atleast_1d(checks.plain("variance", variance)), mean)
     checks.floating_arrays(mean=mean, variance=variance)
     checks.leading(mean=(mean, 0), variance=(variance, 0))
-    if not bool(xp.all((variance > 0) & xp.isfinite(variance))):
+    if inspectable(variance) and not bool(xp.all((variance > 0) & xp.isfinite(variance))):
         raise ArgumentError("variance", "finite numbers above 0", "others", "Clamp it, to at least 1e-6 for example.")
     return mean, cast(variance, mean.dtype)
 

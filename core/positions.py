@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.arrays import namespace
+from ..backends import kernel
+from ..backends.arrays import inspectable, namespace
 from ..backends.errors import ArgumentError
+from ..backends.exchange import like
 from ..backends.special import ranks
 
 
@@ -21,7 +23,7 @@ def after_contraction(contraction: float, samples: int, n: int) -> tuple[np.ndar
     return contraction * centred(samples), contraction + (1 - contraction) * centred(n)
 
 
-def resample(histogram: np.ndarray, samples: int, rng: np.random.Generator | None = None) -> np.ndarray:
+def resample(histogram: Any, samples: int, rng: np.random.Generator | None = None) -> Any:
     """Positions drawn by systematic resampling from a piecewise constant density: sticky memory.
 
     The inverse of the cumulative histogram is read at (m + u)/samples, so that a bin with the share p of the mass gets
@@ -43,19 +45,21 @@ def resample(histogram: np.ndarray, samples: int, rng: np.random.Generator | Non
     Raises
     ------
     ArgumentError
-        Negative or non-finite mass.
+        Negative or non-finite mass, where it can be looked at without waiting for a GPU.
 
     Notes
     -----
     O(samples + D) a row. Source: ∞-former (arXiv 2109.00301), section 3.3. Differs from the authors' code, which draws
     with replacement and takes each bin's left edge: at most D distinct positions, never the newest, more variance.
     """
-    if not (np.isfinite(histogram).all() and (histogram >= 0).all()):
+    xp = namespace(histogram)
+    if inspectable(histogram) and not bool(xp.all(xp.isfinite(histogram) & (histogram >= 0))):
         raise ArgumentError("where", "finite mass of at least 0", "other", "Pass a histogram of attention.")
-    shift = 0.5 if rng is None else rng.random(histogram.shape[:-1])[..., None]
+    shift = 0.5 if rng is None else like(rng.random(tuple(histogram.shape[:-1]))[..., None], histogram)
     return systematic(histogram, samples, shift)
 
 
+@kernel
 def systematic(histogram: Any, samples: int, shift: Any = 0.5) -> Any:
     """The formula of `resample` for arrays of any framework: (..., D) -> (..., samples), ascending.
 

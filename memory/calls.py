@@ -57,6 +57,21 @@ class Calls:
                 entry.changing += begun
                 entry.whole = entry.touched = True
 
+    def move(self, entry: Entry, home: dict[str, Any]) -> None:
+        """Hold a memory elsewhere from now on, while it is open; on the disk nothing changes.
+
+        Raises
+        ------
+        BackendError, ArgumentError
+            It stays where it is.
+        """
+        while True:
+            guard = self.guard(entry)
+            with entry.lock:
+                if entry.guard is guard:  # else it left main memory in between
+                    guard.memory, entry.home = guard.memory.to(**home), home  # type: ignore[attr-defined]
+                    return
+
     def write(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], source: str | None) -> None:
         """Write now, and remember the call for the commit; a rejected call changes nothing.
 

@@ -98,7 +98,10 @@ class Catalogue:
             entry.alive()
             if entry.guard is None and entry.place is not None:
                 about = entry.about
-                entry.guard, entry.place = ledger.revive(self.engine, entry.place, about["kind"], about["options"])
+                guard, entry.place = ledger.revive(self.engine, entry.place, about["kind"], about["options"])
+                if entry.home:
+                    guard.memory = guard.memory.to(**entry.home)  # type: ignore[attr-defined]
+                entry.guard = guard
                 self.loads += 1
             if entry.guard is None:
                 raise self.engine.damaged(f"the memory {entry.name!r}")

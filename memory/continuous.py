@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..backends.arrays import computing_dtype, framework, namespace
+from ..backends.devices import HOST, place_of
 from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
 from ..core import checks, original
@@ -65,17 +66,22 @@ class ContinuousMemory(Foresight, Savable):
         replacement at left edges.
     seed : int or numpy.random.Generator
         Of the sticky positions. A PCG64 generator may be shared between memories; its state is saved.
+    device : "cpu", "cuda", "cuda:N", or a framework's device object; optional
+        Where the coefficients live and are computed with, whatever is written; see KNNMemory.
 
     Raises
     ------
+    BackendError
+        A device that is not there, or cannot compute; DeviceMemoryError where it is full.
     ArgumentError
         A size below 1, an unknown choice, contraction outside (0, 1), or a negative ridge.
 
     Notes
     -----
-    Bytes: rows x N x dim x itemsize, and nothing a token. The coefficients live in the framework and on the device of
-    what was last written. A write costs O(N² dim + N n dim) at most, a read O(q N dim); the factorisations are made
-    once for a length and shared through a bounded cache.
+    Bytes: rows x N x dim x itemsize, and nothing a token. Without `device` the coefficients live in the framework and
+    on the device of what was last written; with it, gradients reach only an x that comes from there. A write costs
+    O(N² dim + N n dim) at most, a read O(q N dim); the factorisations are made once for a length and shared through a
+    bounded cache.
     Source: Martins et al., "∞-former: Infinite Memory Transformer" (ACL 2022, arXiv 2109.00301), section 3. Differs
     from the paper in that samples stand at midpoints, no zeros are fitted outside [0, 1], the penalty is relative, the
     density is cut to [0, 1], and sticky positions are drawn systematically inside the bins.
@@ -110,6 +116,7 @@ class ContinuousMemory(Foresight, Savable):
         dtype: str = "float32",
         compat: str | None = None,
         seed: int | np.random.Generator = 0,
+        device: Any = None,
     ):
         self.rows, self.dim = checks.count("rows", rows), checks.count("dim", dim)
         self.basis = basis if isinstance(basis, Basis) else gaussian_basis(checks.count("basis", basis))
@@ -122,8 +129,9 @@ class ContinuousMemory(Foresight, Savable):
             self.density, self.bins = "gaussian", original.BINS
         self.scheme = Scheme(self.basis, penalty(ridge), checks.count("samples", samples), self.compat is not None)
         self._lock = ReadWriteLock()
+        place = None if device is None else place_of(device)
         self._signals = Signals(
-            self.rows, self.dim, self.dtype, self.scheme, self.contraction, self.segment, generator(seed)
+            self.rows, self.dim, self.dtype, self.scheme, self.contraction, self.segment, generator(seed), place
         )
         self._last_segment = self.segment or SEGMENT
 
@@ -136,6 +144,11 @@ class ContinuousMemory(Foresight, Savable):
     def nbytes(self) -> int:
         """Bytes of the coefficients."""
         return self.rows * len(self.basis) * self.dim * np.dtype(self.dtype).itemsize
+
+    @property
+    def device(self) -> Any:
+        """Where the coefficients live: "cpu" for NumPy's, else the device's own object."""
+        return getattr(self._signals.coefficients, "device", "cpu")
 
     @property
     def signal(self) -> Signal:
@@ -177,6 +190,10 @@ class ContinuousMemory(Foresight, Savable):
         -----
         Gradients reach x through the newest segment only; what is remembered is detached.
         """
+        with (self._signals.place or HOST).watched():
+            self._write(self._signals.here(x), attention, rows, mask, draws)
+
+    def _write(self, x: Any, attention: Any, rows: Sequence[int] | None, mask: Any, draws: Any) -> None:
         chosen = listed(rows, self.rows)
         x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
         histogram = None
@@ -213,6 +230,13 @@ class ContinuousMemory(Foresight, Savable):
         ------
         ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
         """
+        place, here = self._signals.place, self._signals.here
+        reading = self._read(here(mean), here(variance), density, rows)
+        if place is None or here(mean) is mean:
+            return reading
+        return Reading(place.give(reading.output, mean), place.give(reading.lse, mean, computing_dtype(mean)))
+
+    def _read(self, mean: Any, variance: Any, density: str | None, rows: Sequence[int] | None) -> Reading:
         chosen = listed(rows, self.rows)
         checks.floating_arrays(mean=mean)
         checks.shape("mean", mean, len(chosen), *"q" * max(mean.ndim - 1, 1))
@@ -269,3 +293,19 @@ class ContinuousMemory(Foresight, Savable):
         signals.timeline.tokens = required(arrays, "shown", (memory.rows, KNOTS), np.float64)
         checks.finite(**{"state['coefficients']": signals.coefficients, "state['shown']": signals.timeline.tokens})
         return memory
+
+    def to(self, device: Any, device_capacity: int | None = None) -> Self:
+        """A memory of its own with what this one holds, on `device`; arguments and errors are the constructor's.
+
+        Parameters
+        ----------
+        device : "cpu", "cuda", "cuda:N", or a framework's device object
+        device_capacity : int, optional
+            For kinds of memory that hold tokens; here it is refused.
+        """
+        if device_capacity is not None:
+            expected = "None, for there are no tokens to keep elsewhere"
+            raise ArgumentError("device_capacity", expected, repr(device_capacity), "Leave it out.")
+        place, made = place_of(device), self.from_state_dict(self.state_dict())
+        made._signals.move(place)
+        return made

@@ -28,6 +28,7 @@ class Entry:
         self.whole = place is None  # the next commit writes the state, not the calls
         self.touched = place is None  # something waits for a commit
         self.deleted = False
+        self.home: dict[str, Any] = {}  # arguments of `to`: where the memory is held while it is open
         self.held = 0  # bytes in main memory, as last counted by the shelf
         self.counted = 0, 0  # bytes and waiting bytes, as last counted by the quota
         self.changing = 0  # calls under way that may change what the commit writes

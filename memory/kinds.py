@@ -21,6 +21,8 @@ KINDS = {
 }
 REPEATED = ("knn", "continuous", "recurrent")  # their state follows from calls of write and clear alone
 
+MOVABLE = ("knn", "continuous")  # they live on a device where asked to
+
 
 def class_of(kind: str) -> type[Memory]:
     """The class called `kind`, "knn" for instance.

@@ -80,18 +80,21 @@ class Retrieving:
                 found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
 
-    def at(self, positions: Any) -> Neighbours:
+    def at(self, positions: Any, beside: Any = None) -> Neighbours:
         """The stored tokens at given positions of every row's history, whatever any query thinks of them.
 
         Parameters
         ----------
         positions : int64 NumPy array (rows, n)
             Of tokens held now; -1 is none, and gives zeros.
+        beside : array (...,), optional
+            In whose framework, dtype and on whose device keys and values come; NumPy by default.
 
         Returns
         -------
         Neighbours
-            NumPy arrays: keys (rows, heads, n, dim), values (rows, heads, n, value_dim), tags (rows, n) or None, and
+            NumPy arrays, unless `beside` says otherwise: keys (rows, heads, n, dim), values (rows, heads, n,
+            value_dim), tags (rows, n) or None, and
             `positions` as given; no scores.
 
         Raises
@@ -110,13 +113,17 @@ class Retrieving:
                 row.gather(self._place.take(np.broadcast_to(where, (self.heads, 1, where.size)).copy()))
                 for row, where in zip(self._rows, positions, strict=True)
             ]
-            taken = [{name: None if a is None else to_numpy(a) for name, a in entries.items()} for entries in taken]
-            keys, values = (np.stack([entries[name][:, 0] for entries in taken]) for name in ("keys", "values"))
+            keys, values = (self._together([entries[name] for entries in taken], beside) for name in ("keys", "values"))
             tagged = any(entries["tags"] is not None for entries in taken)
             tags = np.full(positions.shape, -1, np.int64)
             for i, entries in enumerate(taken):
-                tags[i] = -1 if entries["tags"] is None else entries["tags"][0, 0]
+                tags[i] = -1 if entries["tags"] is None else to_numpy(entries["tags"])[0, 0]
         return Neighbours(None, positions, keys, values, tags if tagged else None)
+
+    def _together(self, rows: list[Any], beside: Any) -> Any:
+        """Vectors (heads, 1, n, d) of every row as one array (rows, heads, n, d)."""
+        stacked = namespace(rows[0]).stack(rows)[:, :, 0, ...]
+        return to_numpy(stacked) if beside is None else self._place.give(stacked, beside)
 
     def read(self, queries: Any, k: int = 32, scale: float | None = None, rows: Sequence[int] | None = None) -> Reading:
         """Attention of every query over its k nearest stored tokens.

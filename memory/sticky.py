@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from ..backends.arrays import namespace
+from ..backends.arrays import cast, inspectable, namespace
 from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import to_numpy
 from ..core import checks
@@ -15,10 +16,11 @@ from .rows import token_array
 from .state import UNALTERED
 
 
-def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, exact: bool) -> np.ndarray:
+def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, exact: bool) -> Any:
     """Attention as float64 (count, D), from densities (mean, variance), (count, ..., q) each, or from a histogram.
 
-    A histogram may have any D, unless `exact` demands that of `edges`.
+    A histogram may have any D, unless `exact` demands that of `edges`. What densities on a GPU add up to stays there,
+    unless it is `exact`.
 
     Raises
     ------
@@ -26,6 +28,9 @@ def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, ex
     """
     if isinstance(attention, tuple):
         mass = _of_densities(attention, count, edges, density)
+        if not inspectable(mass) and not exact:
+            return cast(mass, namespace(mass).float64)
+        mass = to_numpy(mass).astype(np.float64)
     else:
         checks.floating_arrays(attention=attention)
         checks.shape("attention", attention, count, "D", whole=True)
@@ -37,7 +42,7 @@ def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, ex
     return mass
 
 
-def _of_densities(attention: tuple[Any, ...], count: int, edges: np.ndarray, density: str) -> np.ndarray:
+def _of_densities(attention: tuple[Any, ...], count: int, edges: np.ndarray, density: str) -> Any:
     if len(attention) != 2:
         raise ArgumentError("attention", "(mean, variance) or a histogram", f"{len(attention)} arrays", "Pass two.")
     mean, variance = checked_densities(*attention, density, mean=attention[0])
@@ -46,7 +51,8 @@ def _of_densities(attention: tuple[Any, ...], count: int, edges: np.ndarray, den
         raise ShapeError("attention", f"mean and variance ({count}, ..., q)", came, "Pass those of the last read.")
     xp = namespace(mean)
     variance = xp.broadcast_to(variance, mean.shape)
-    return attention_mass(xp.reshape(mean, (count, -1)), xp.reshape(variance, (count, -1)), edges, density)
+    flat = (count, math.prod(mean.shape[1:]))
+    return attention_mass(xp.reshape(mean, flat), xp.reshape(variance, flat), edges, density)
 
 
 def drawn_bins(histogram: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,13 +7,14 @@ import os
 import time
 from typing import Any, Self
 
+from ..backends.devices import place_of
 from ..backends.errors import ArgumentError, QuotaError, StoreError
 from ..core import checks
 from .calls import Calls
 from .disk import as_path
 from .entry import Entry, clipping, comparable, encoded
 from .guard import Guard
-from .kinds import config_of, make
+from .kinds import MOVABLE, config_of, make
 from .quota import Quota
 from .session import Session
 from .stored import StoredMemory
@@ -121,6 +122,8 @@ class Store:
         quota: int | None = None,
         clip: float | None = 1.5,
         source_quota: int | None = None,
+        device: Any = None,
+        device_capacity: int | None = None,
         **config: Any,
     ) -> StoredMemory:
         """The memory called `name`; made, where there is none, if `kind` is given.
@@ -137,6 +140,9 @@ class Store:
             cannot draw all attention; None leaves keys as they are. For kinds with keys.
         source_quota : int, optional
             The most tokens one `source` may write before the memory is cleared.
+        device, device_capacity : optional
+            Where it is held while it is open, as `KNNMemory` and `ContinuousMemory` take them; by default where it is,
+            at first in main memory. What is on the disk says nothing of it: it is the same from every device.
         **config
             The arguments of that kind's class.
 
@@ -150,13 +156,19 @@ class Store:
         ------
         ArgumentError
             No such memory and no kind; an unknown, missing or wrong setting; or there is one that is not as described.
+        BackendError
+            No such device; then nothing has been made.
         QuotaError
             There are a million already, or it does not fit a quota.
         """
+        place_of(device)
         with self._session.using():
             encoded(name)
             self._calls.follow()
             entry = self._catalogue.entries.get(name)
+            there = kind if entry is None else entry.about["kind"]
+            if device is not None and there not in MOVABLE:
+                raise ArgumentError("device", f"None for kind {there!r}", repr(device), "Leave it out.")
             if entry is None:
                 if kind is None or self.readonly:
                     raise ArgumentError("name", "the name of a memory", repr(name)[:200], "Give its kind to make it.")
@@ -165,6 +177,8 @@ class Store:
                 entry = self._make(name, kind, {"clip": clipping(clip), **counted}, config)
             else:
                 entry.agree(kind, config)
+            if device is not None:
+                self._calls.move(entry, {"device": device, "device_capacity": device_capacity})
             return StoredMemory(self._calls, entry)
 
     def names(self) -> list[str]:

@@ -91,6 +91,15 @@ def args_retrieve_stored(draw):
 
 
 @st.composite
+def args_systematic(draw):
+    lead, bins = draw(LEADS), draw(st.sampled_from((1, 2, 17, 128, 130)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mass = rng.uniform(0.1, 1, (*lead, bins)) * rng.integers(0, 2, (*lead, 1))  # or none at all: an empty bin is a step
+    shift = draw(st.none() | st.just(rng.uniform(0.01, 0.99, (*lead, 1))))
+    return mass, draw(st.sampled_from((1, 5, 200))), 0.5 if shift is None else shift
+
+
+@st.composite
 def args_unit(draw):
     return (draw(values((*draw(LEADS), draw(QUERIES), draw(WIDTHS)))),)
 

@@ -18,6 +18,7 @@ import cuda_host
 import numpy as np
 import perdure.core.attention
 import perdure.core.density
+import perdure.core.positions
 import perdure.core.retrieval
 import perdure.core.stored
 import pytest

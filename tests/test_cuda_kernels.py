@@ -16,7 +16,8 @@ import cuda_host
 import numpy as np
 import perdure.core.attention
 import perdure.core.density
-import perdure.core.retrieval  # noqa: F401 - the three define the kernels
+import perdure.core.positions
+import perdure.core.retrieval  # noqa: F401 - these define the kernels
 import pytest
 import strategies
 import torch
@@ -263,6 +264,15 @@ def test_histograms_over_several_runs_and_more_bins_than_threads(kernels, rng, d
     result = kernels.histogram(mean.astype("f"), variance.astype("f"), edges.astype("f"), density)
     wanted = KERNELS["histogram"].formula(mean, variance, edges, density)
     np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-4 * wanted.max())
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 2, 1024)])
+def test_resampling_skips_empty_bins(kernels, rng, shape):
+    histogram = rng.integers(0, 2, shape) * 2.0 ** rng.integers(-3, 4, shape)  # of which all sums are exact
+    kept = kernels.systematic(histogram.astype(np.float32), 64, 0.5)
+    np.testing.assert_allclose(kept, KERNELS["systematic"].formula(histogram, 64, 0.5), rtol=0, atol=1e-6)
+    bins = np.minimum((kept * shape[-1]).astype(int), shape[-1] - 1)
+    assert (np.take_along_axis(histogram, bins, axis=-1) > 0).mean() > 0.99  # the end of a bin begins the next
 
 
 # ---- the checks can fail --------------------------------------------------------------------------------------------

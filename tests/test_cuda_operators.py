@@ -90,6 +90,7 @@ CALLS = {
     "retrieve_stored": lambda k, v: (k[:, :3], (9 * k).to(torch.int8), torch.rand(2, 70), "int8", 4, 1),
     "attend": lambda k, v: (k[:, :3].clone().requires_grad_(), k, v, torch.randint(70, (2, 3, 4)), 0.5, 2),
     "expected": lambda k, v: (v, torch.rand(2, 3), torch.rand(2, 3) + 0.1, torch.rand(70), torch.ones(70), "gaussian"),
+    "systematic": lambda k, v: (torch.rand(2, 3, 9), 5, torch.rand(2, 3, 1)),
     "histogram": lambda k, v: (torch.rand(2, 3), torch.rand(2, 3) + 0.1, torch.linspace(0, 1, 6), "sparsemax"),
 }
 

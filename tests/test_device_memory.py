@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from perdure.backends import devices, parcels
 from perdure.backends.devices import memory_of
 from perdure.bindings.torch import MemorizingAttention, ops
-from perdure.memory import device_row, knn, overflow
+from perdure.core import positions
+from perdure.memory import device_row, knn, overflow, sticky, timeline
 
 import perdure
 
@@ -320,6 +321,85 @@ def test_the_memory_of_a_layer_follows_it(monkeypatch):
     torch.testing.assert_close(one, other)
     torch.testing.assert_close(gradient, same_gradient)
     assert all((state[name] == array).all() for name, array in same_state.items())
+
+
+# ---- the durable store, and a signal ---------------------------------------------------------------------------------
+
+
+@each_device
+def test_a_store_is_the_same_from_every_device(device, rng, tmp_path):
+    """Written here and there in turns: on the disk, and to who reads, there is no difference."""
+    shape = {"kind": "knn", "rows": 1, "heads": 2, "dim": 3, "capacity": 40}
+    parts = rng.standard_normal((6, 1, 2, 12, 3)).astype(np.float32)
+    for name, homes in (
+        ("host", [{}] * 3),
+        ("there", [{"device": device, "device_capacity": 9}, {}, {"device": device}]),
+    ):
+        for i, home in enumerate(homes):
+            with perdure.open(tmp_path / name) as store:
+                memory = store.memory("a", **shape, **home)
+                assert isinstance(memory.device, str) != bool(home)
+                for part in parts[2 * i : 2 * i + 2]:
+                    memory.write(part, part)
+    with perdure.open(tmp_path / "host", readonly=True) as host, perdure.open(tmp_path / "there") as there:
+        assert_same_state(host.memory("a"), there.memory("a"))
+        on_device = there.memory("a", device=device)  # an open one moves
+        assert not isinstance(on_device.device, str)
+        assert_same_reading(host.memory("a"), on_device, parts[0, :, :, :4], 7)
+        assert_same_state(host.memory("a"), on_device)
+
+
+def test_what_a_store_cannot_hold_on_a_device_is_refused(tmp_path):
+    with perdure.open(tmp_path / "store") as store:
+        with pytest.raises(perdure.ArgumentError, match=r"device: expected None for kind 'recurrent'"):
+            store.memory("a", kind="recurrent", rows=1, dim=3, capacity=4, device=DEVICES["torch"])
+        with pytest.raises(perdure.ArgumentError, match='device: expected "cpu"'):
+            store.memory("a", kind="knn", **SIZES, device="gpu")
+        assert store.names() == []
+
+
+@each_device
+@pytest.mark.parametrize("sticky", [False, True])
+def test_a_signal_is_kept_on_its_device(device, sticky, rng, tmp_path):
+    settings = {"rows": 2, "dim": 3, "basis": 16, "samples": 32, "sticky": sticky, "dtype": "float64"}
+    host, there = perdure.ContinuousMemory(**settings), perdure.ContinuousMemory(**settings, device=device)
+    looks = rng.random((2, 4, 5)), rng.uniform(1e-3, 0.1, (2, 4, 5))
+    for i in range(4):
+        x = rng.standard_normal((2, 20, 3))
+        for memory in (host, there):
+            memory.write(x, attention=looks if i else None)
+        assert there.device == devices.place_of(device).device
+    mean, variance = rng.random((2, 6)), rng.uniform(1e-3, 0.1, (2, 6))
+    seen, expected = there.read(mean, variance), host.read(mean, variance)
+    assert type(seen.output) is np.ndarray
+    np.testing.assert_allclose(seen.output, expected.output, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(seen.lse, expected.lse)
+    np.testing.assert_allclose(there.shown([0, 0.3, 1]), host.shown([0, 0.3, 1]), rtol=1e-9)
+    there.save(tmp_path / "there")
+    for moved in (perdure.load(tmp_path / "there"), host.to(device), there.to("cpu"), copy.deepcopy(there)):
+        np.testing.assert_allclose(moved.state_dict()["coefficients"], host.state_dict()["coefficients"], atol=1e-9)
+    with pytest.raises(perdure.ArgumentError, match="device_capacity"):
+        there.to(device, 5)
+
+
+def test_where_a_gpu_looked_stays_on_it(monkeypatch, rng):
+    """Nothing of a sticky write waits for the device: here PyTorch's CPU is taken for one that cannot be looked at."""
+    torch_cpu = DEVICES["torch"]
+    settings = {"rows": 2, "dim": 3, "basis": 16, "samples": 32, "dtype": "float64"}
+    host, there = perdure.ContinuousMemory(**settings), perdure.ContinuousMemory(**settings, device=torch_cpu)
+    looks = rng.random((2, 9)), rng.uniform(1e-3, 0.1, (2, 9))
+    seen = []
+    for i in range(70):
+        x, attention = rng.standard_normal((2, 20, 3)), looks if i else None
+        host.write(x, attention)
+        with monkeypatch.context() as patch:
+            for module in (sticky, positions):
+                patch.setattr(module, "inspectable", lambda array: seen.append(type(array)) or False)
+            there.write(torch.from_numpy(x), attention and tuple(map(torch.from_numpy, attention)))
+    assert set(seen) == {torch.Tensor}
+    assert len(there._signals.timeline._waiting) == timeline.MOST_WAITING
+    np.testing.assert_allclose(there.shown([0.1, 0.7]), host.shown([0.1, 0.7]), rtol=1e-6)
+    np.testing.assert_allclose(there.signal([0.5]).numpy(), host.signal([0.5]), atol=1e-9)
 
 
 # ---- devices that are not there: this needs a machine without a GPU, and tells so -----------------------------------

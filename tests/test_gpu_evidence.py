@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import perdure.backends.cuda.texts
@@ -52,3 +54,11 @@ def test_the_fingerprint_is_that_of_every_source(monkeypatch):
     for name in sources():
         monkeypatch.setattr("perdure.backends.cuda.texts.source", lambda n, name=name: read(n) + " " * (n == name))
         assert fingerprint() != before
+
+
+def test_the_program_that_writes_it_runs():
+    """Small and on the CPU: what it calls is there, and takes what it is given."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("'what'") == 8

@@ -62,6 +62,30 @@ def test_a_saved_memory_goes_on_bit_for_bit(build, ids, settings, tmp_path):
     assert all(np.array_equal(a, stored(again)[n]) for n, a in stored(memory).items())
 
 
+def homes(memory):
+    return {store.device for layer in memory.layers.values() for store in layer.stores.values()}
+
+
+@pytest.mark.parametrize("device_capacity", [None, 5])
+def test_memory_on_a_device_answers_and_is_saved_alike(ids, device_capacity, tmp_path):
+    """PyTorch's CPU as the device: other stores, another search, the same numbers."""
+    common = {"k": 5, "window": 8, "distance": 9, "recent": 4, "capacity": 20}
+    there = {"device": "cpu", "device_capacity": device_capacity}
+    ours, theirs = (attach(llama(), tokenizer=Letters(), **common, **more) for more in ({}, there))
+    for memory, name in ((ours, "host"), (theirs, "there")):
+        memory.read_document(ids[:, :30], progress=False)
+        memory.save(tmp_path / name)
+    assert homes(theirs) == {torch.device("cpu")}
+    if device_capacity is None:  # else readings of two parts are rounded otherwise, and so is what the next layer keeps
+        assert (tmp_path / "host").read_bytes() == (tmp_path / "there").read_bytes()
+    with ours.frozen(), theirs.frozen():
+        torch.testing.assert_close(logits(theirs.model, ids[:, 30:]), logits(ours.model, ids[:, 30:]))
+    theirs.load(tmp_path / "host")
+    assert homes(theirs) == {torch.device("cpu")}
+    with pytest.raises(perdure.ArgumentError, match="index"):
+        attach(llama(), device="cpu", index="ivf")
+
+
 def test_an_empty_memory_can_be_saved(build, ids, tmp_path):
     memory = attach(build())
     memory.save(tmp_path / "memory")

@@ -5,7 +5,7 @@ what it can take and start it. They take the arrays of any framework that `launc
 them.
 """
 
-from .density import expected, histogram
+from .density import expected, histogram, systematic
 from .neighbours import attention, attention_backward
 from .retrieval import retrieve, retrieve_stored, unit
 from .texts import fingerprint, source, sources
@@ -20,5 +20,6 @@ __all__ = [
     "retrieve_stored",
     "source",
     "sources",
+    "systematic",
     "unit",
 ]

@@ -20,13 +20,13 @@ __device__ Real dot(const Real* a, const Real* b, int length, int lane) {
     return total(sum);
 }
 
-// Slots of a query's k neighbours, -1 where there is none, and the softmax of their scores; returns its log-sum-exp.
+// Slots of a query's k neighbours, -1 where there is none, as outside of the keys, and the softmax of their scores; returns its log-sum-exp.
 template <typename Real>
 __device__ Real weigh(const Real* query, const Real* keys, const long long* positions, Real* weights, int* slots, int n,
                       int d, int k, int start, Real scale, int lane) {
     for (int j = lane; j < k; j += WARP) {
         long long slot = positions[j] + start;
-        slots[j] = positions[j] < 0 ? -1 : (int)(slot < n ? slot : slot - n);
+        slots[j] = positions[j] < 0 || positions[j] >= n ? -1 : (int)(slot < n ? slot : slot - n);
     }
     __syncwarp();
     Real top = NOTHING;

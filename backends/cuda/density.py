@@ -1,4 +1,4 @@
-"""What queries see of a signal, and where they looked: what `expect.cu` and `histogram.cu` can take, and how."""
+"""What queries see of a signal, where they looked, and what is kept of it: what those kernels can take, and how."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import name_of, namespace
+from ..arrays import framework, name_of, namespace
 from .launch import MOST_BLOCKS, contiguous, empty, launch, shared_or_flat
 
 QUERIES, COLUMNS, THREADS = 32, 64, 128  # as in the .cu files
+MOST_BINS = 1024  # as in systematic.cu
 GAUSSIANS = ("gaussian", "truncated_gaussian")
 DENSITIES = ("truncated_gaussian", "gaussian", "sparsemax", "biweight")  # in the order of histogram.cu
 NARROWEST, WIDEST = 1e-12, 1e12  # variances
@@ -62,6 +63,23 @@ def histogram(mean: Any, variance: Any, edges: Any, density: str) -> Any:
 def histogram_fits(mean: Any, variance: Any, edges: Any, density: str) -> bool:
     *lead, q = np.broadcast_shapes(tuple(mean.shape), tuple(variance.shape))
     return density in DENSITIES and 0 not in (*lead, q, edges.shape[-1] - 1) and math.prod(lead) <= MOST_BLOCKS
+
+
+def systematic(histogram: Any, samples: int, shift: Any) -> Any:
+    if not systematic_fits(histogram, samples):
+        return NotImplemented
+    *lead, bins = histogram.shape
+    if framework(shift) is None:
+        shift = namespace(histogram).full((*lead, 1), shift, dtype=histogram.dtype, device=histogram.device)
+    shift = contiguous(namespace(histogram).broadcast_to(shift, (*lead, 1)))
+    out = empty((*lead, samples), histogram.dtype, histogram)
+    kernel, grid = f"systematic_{name_of(histogram.dtype)}", (math.prod(lead), 1, 1)
+    launch("systematic.cu", kernel, grid, THREADS, contiguous(histogram), shift, out, *map(np.int32, (bins, samples)))
+    return out
+
+
+def systematic_fits(histogram: Any, samples: int) -> bool:
+    return histogram.shape[-1] <= MOST_BINS and 0 not in (*histogram.shape, samples)
 
 
 def _looks(mean: Any, variance: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:

@@ -72,6 +72,16 @@ def _(mean, variance, edges, density_name):
     return mean.new_empty((*lead, edges.shape[-1] - 1))
 
 
+@torch.library.custom_op("perdure::systematic", mutates_args=())
+def systematic(histogram: torch.Tensor, samples: int, shift: torch.Tensor) -> torch.Tensor:
+    return density.systematic(histogram, samples, shift)
+
+
+@systematic.register_fake
+def _(histogram, samples, shift):
+    return histogram.new_empty((*histogram.shape[:-1], samples))
+
+
 @torch.library.custom_op("perdure::attend", mutates_args=())
 def attend(
     queries: torch.Tensor,

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...backends.devices import Place, place_of
 from ...backends.errors import ArgumentError
 from ...core import checks
+from ...memory.device_row import check
 from ...memory.knn import INDEXES
 from .layer import LayerMemory
 from .memory import ModelMemory
@@ -36,6 +38,8 @@ def attach(
     recent: int | None = None,
     sinks: int = SINKS,
     index: str = "exact",
+    device: Any = None,
+    device_capacity: int | None = None,
 ) -> ModelMemory:
     """Give a Hugging Face decoder a long-term memory; its weights stay as they are.
 
@@ -72,6 +76,11 @@ def attach(
         the attention they have no use for on them, and read badly once they are gone (Xiao et al., arXiv 2309.17453).
     index : {"exact", "ivf", "hnsw", "auto"}
         How memories are found; see `KNNMemory`.
+    device : str or torch.device, optional
+        Where memories are held and searched, exactly: main memory by default, whatever the model's device. What is
+        saved from one device loads on every other.
+    device_capacity : int, optional
+        The most tokens of a row of a layer on the device; older ones are kept in main memory.
 
     Returns
     -------
@@ -81,6 +90,8 @@ def attach(
     ------
     ArgumentError
         A model that memory cannot be attached to, or an argument out of range; the model is as it was.
+    BackendError
+        No such device.
 
     Notes
     -----
@@ -106,6 +117,13 @@ def attach(
     checks.count("sinks", sinks, least=0)
     checks.choice("mixing", mixing, MIXINGS)
     checks.choice("positions", positions, POSITIONS)
+    if device is not None:
+        device = torch.device(device)
+        place = place_of(device)
+        if isinstance(place, Place):
+            check(place, index, "float32")
+    if device_capacity is not None:
+        checks.count("device_capacity", device_capacity)
     config = model.config.get_text_config(decoder=True)
     context = config.max_position_embeddings
     if distance is None:
@@ -121,7 +139,7 @@ def attach(
         "sinks": sinks,
         "recent": recent,
         "k": k,
-        "settings": {"index": index},
+        "settings": {"index": index, "device": device, "device_capacity": device_capacity},
     }
     model.set_attn_implementation(implementation(base))
     if model.config._attn_implementation != implementation(base):

@@ -173,7 +173,9 @@ class LayerMemory:
         names = {name.partition(".")[0] for name in arrays}
         for name in (known for known in self.capacities if known in names):
             state = {n.partition(".")[2]: a for n, a in arrays.items() if n.startswith(f"{name}.")}
-            self.stores[name] = KNNMemory.from_state_dict(state)
+            store = KNNMemory.from_state_dict(state)
+            where = {what: self.settings.get(what) for what in ("device", "device_capacity")}
+            self.stores[name] = store if where["device"] is None else store.to(**where)
         sizes = {name: store.capacity for name, store in self.stores.items()}
         if names and sizes != {name: size for name, size in self.capacities.items() if size}:
             raise ArgumentError("state", f"stores of {self.capacities}", f"{sizes}", "Pass an unaltered state.")
@@ -210,9 +212,8 @@ class LayerMemory:
             leaving = np.maximum(store.tokens + present.sum(axis=1) - store.capacity, 0)
             old = np.minimum(leaving, store.tokens)
             if old.any():
-                oldest = held(store, old)
-                keys, values = (torch.from_numpy(a).to(key) for a in (oldest.keys, oldest.values))
-                self._put(others, keys, values, None, oldest.tags, oldest.positions >= 0)
+                oldest = held(store, old, key)
+                self._put(others, oldest.keys, oldest.values, None, oldest.tags, oldest.positions >= 0)
             at_once = present & (present.cumsum(axis=1) <= (leaving - old)[:, None])
             if at_once.any():
                 self._put(others, key, value, angles, stood, at_once)

@@ -121,12 +121,12 @@ class Whole:
     @classmethod
     def of(cls, stores: Sequence[KNNMemory], told: Sequence[bool], like: torch.Tensor) -> Whole:
         """All of some `stores`, with the positions of those whose are `told`, as `like` computes and where it is."""
-        parts = [held(store, store.tokens) for store in stores]
+        parts = [held(store, store.tokens, like) for store in stores]
         positions = [torch.from_numpy(part.positions).to(like.device) for part in parts]
         hidden = [p if t else torch.full_like(p, -1) for p, t in zip(positions, told, strict=True)]
         return cls(
-            torch.cat([torch.from_numpy(part.keys).to(like) for part in parts], dim=2),
-            torch.cat([torch.from_numpy(part.values).to(like) for part in parts], dim=2),
+            torch.cat([part.keys for part in parts], dim=2),
+            torch.cat([part.values for part in parts], dim=2),
             torch.cat(positions, dim=1) >= 0,
             torch.cat(hidden, dim=1),
         )
@@ -159,8 +159,11 @@ def read_whole(whole: Whole, query: torch.Tensor, scale: float, keep: int) -> Re
     return replace(reading, neighbours=Neighbours(scores, positions))
 
 
-def held(memory: KNNMemory, oldest: np.ndarray) -> Neighbours:
-    """The `oldest` (rows,) tokens of every row, those of a row with fewer followed by position -1."""
+def held(memory: KNNMemory, oldest: np.ndarray, beside: torch.Tensor) -> Neighbours:
+    """The `oldest` (rows,) tokens of every row, those of a row with fewer followed by position -1.
+
+    Keys and values come as tensors like `beside`.
+    """
     ahead = np.arange(oldest.max(initial=0))
     positions = (memory.written - memory.tokens)[:, None] + ahead
-    return memory.at(np.where(ahead < oldest[:, None], positions, -1))
+    return memory.at(np.where(ahead < oldest[:, None], positions, -1), beside.detach())

@@ -20,17 +20,11 @@ from pathlib import Path
 import numpy as np
 import perdure.backends.cuda.launch as cuda_launch
 from perdure.backends import registry
-from perdure.backends.cuda import attention, expected, histogram, retrieve, retrieve_stored, source, unit
+from perdure.backends.cuda import attention, expected, histogram, retrieve, retrieve_stored, source, systematic, unit
 from perdure.backends.errors import BackendError
 
-__all__ = [
-    "attention",
-    "expected",
-    "histogram",
-    "retrieve",
-    "retrieve_stored",
-    "unit",
-]  # as a backend: the twins, over `start` below
+# as a backend: the twins, over `start` below
+__all__ = ["attention", "expected", "histogram", "retrieve", "retrieve_stored", "systematic", "unit"]
 HERE = Path(__file__).parent
 OPTIONS = (
     "-std=c++20",

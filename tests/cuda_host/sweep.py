@@ -43,6 +43,7 @@ def densities(rng, dtype):
             rng.random(n).astype(dtype) + dtype(0.1) for n in (q, q, functions, functions)
         )
         B, edges = rng.standard_normal((2, functions, e)).astype(dtype), np.linspace(0, 1, bins + 1, dtype=dtype)
+        cuda.systematic(mean[None], bins, 0.5)
         for density in ("gaussian", "truncated_gaussian"):
             cuda.expected(B, mean, variance, centers, widths, density)
         for density in ("gaussian", "sparsemax", "biweight"):
