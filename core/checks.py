@@ -22,6 +22,7 @@ from ..backends.errors import ArgumentError, DTypeError, NonFiniteError, ShapeEr
 from ..backends.exchange import to_numpy
 from ..backends.registry import current_backend, load
 
+ADDRESSES = 1 << 47  # bytes of a process's address space
 MANY = 65_536  # neighbours that may be asked for however few keys there are
 
 
@@ -119,8 +120,8 @@ def generator(argument: str, value: Any) -> None:
         )
 
 
-def count(argument: str, value: Any, least: int = 1) -> int:
-    """`value` as an int of at least `least`.
+def count(argument: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int of at least `least`, and at most `most` if that is given.
 
     Raises
     ------
@@ -132,7 +133,23 @@ def count(argument: str, value: Any, least: int = 1) -> int:
         number = None
     if number is None or isinstance(value, bool) or number < least:
         raise ArgumentError(argument, f"a whole number of at least {least}", repr(value), f"Pass {argument}={least}.")
+    if most is not None and number > most:
+        raise ArgumentError(argument, f"a whole number of at most {most}", repr(value), f"Pass {argument}={most}.")
     return int(number)
+
+
+def addressable(**sizes: int) -> None:
+    """A process could address as many bytes as the product of `sizes`.
+
+    Raises
+    ------
+    ArgumentError
+        It names the largest.
+    """
+    if math.prod(sizes.values()) > ADDRESSES:
+        largest = max(sizes, key=lambda name: sizes[name])
+        expected = f"{' x '.join(sizes)} of at most {ADDRESSES}, which is all a process can address"
+        raise ArgumentError(largest, expected, repr(sizes[largest]), f"Pass a smaller {largest}.")
 
 
 def neighbours(value: Any, stored: int) -> int:

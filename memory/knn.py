@@ -79,7 +79,7 @@ class KNNMemory(Retrieving, Savable):
     Raises
     ------
     ArgumentError
-        A size below 1, or an unknown choice.
+        A size below 1, or so large that nothing could be stored; an unknown choice.
     BackendError
         A device that is not there, or cannot compute; DeviceMemoryError where it is full.
 
@@ -128,8 +128,11 @@ class KNNMemory(Retrieving, Savable):
         costs: Mapping[str, float] | None = None,
     ):
         self.rows, self.heads = checks.count("rows", rows), checks.count("heads", heads)
-        self.dim, self.capacity = checks.count("dim", dim), checks.count("capacity", capacity)
+        self.dim = checks.count("dim", dim)
+        self.capacity = checks.count("capacity", capacity, most=np.iinfo(np.int64).max)  # positions are int64
         self.value_dim = self.dim if value_dim is None else checks.count("value_dim", value_dim)
+        checks.addressable(rows=self.rows, heads=self.heads, dim=self.dim)
+        checks.addressable(rows=self.rows, heads=self.heads, value_dim=self.value_dim)
         self.space, self.dtype = checks.choice("space", space, SPACES), checks.choice("dtype", dtype, DTYPES)
         self.index = checks.choice("index", index, INDEXES)
         self.max_norm = None if max_norm is None else checks.positive("max_norm", max_norm)
@@ -280,7 +283,7 @@ class KNNMemory(Retrieving, Savable):
     def _unchanged(self) -> Iterator[dict[str, np.ndarray]]:
         """The state as it lies in memory: who writes has to wait until the block ends."""
         with self._lock.reading:
-            arrays = {"written": self.written}
+            arrays = {"written": self._each("written")}
             for i, row in enumerate(self._rows):
                 arrays |= {f"rows.{i}.{name}": a for name, a in row.saved().items()}
                 if isinstance(row, Row):

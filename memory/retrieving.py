@@ -42,12 +42,18 @@ class Retrieving:
     @property
     def tokens(self) -> np.ndarray:
         """Tokens held now, int64 (rows,)."""
-        return np.array([row.stored for row in self._rows], np.int64)
+        with self._lock.reading:
+            return self._each("stored")
 
     @property
     def written(self) -> np.ndarray:
         """Tokens in each row's whole history, int64 (rows,); the next token's position."""
-        return np.array([row.written for row in self._rows], np.int64)
+        with self._lock.reading:
+            return self._each("written")
+
+    def _each(self, count: str) -> np.ndarray:
+        """A count of every row, int64 (rows,), for who holds the lock."""
+        return np.array([getattr(row, count) for row in self._rows], np.int64)
 
     def search(self, queries: Any, k: int, rows: Sequence[int] | None = None) -> Neighbours:
         """The k nearest stored tokens of every query, with their keys and values.
@@ -105,9 +111,10 @@ class Retrieving:
         checks.shape("positions", positions, self.rows, "n", whole=True)
         positions = token_array("positions", positions, positions.shape, "integral")
         with self._lock.reading:
-            oldest = (self.written - self.tokens)[:, None]
-            if not (((positions >= oldest) & (positions < self.written[:, None])) | (positions == -1)).all():
-                expected = f"positions held now, from {oldest.ravel()} to {self.written - 1}, or -1"
+            written = self._each("written")
+            oldest = (written - self._each("stored"))[:, None]
+            if not (((positions >= oldest) & (positions < written[:, None])) | (positions == -1)).all():
+                expected = f"positions held now, from {oldest.ravel()} to {written - 1}, or -1"
                 raise ArgumentError("positions", expected, str(positions), "Ask for tokens that have not left.")
             taken = [
                 row.gather(self._place.take(np.broadcast_to(where, (self.heads, 1, where.size)).copy()))
@@ -221,6 +228,7 @@ class Retrieving:
         if not known:
             return None
         xp = namespace(known[0])
-        stacked = xp.stack([xp.full_like(known[0], -1) if part is None else part for part in parts])  # untagged: -1
+        whole = [xp.full_like(known[0], -1) if part is None else part for part in parts]  # untagged: -1
+        stacked = xp.stack(whole) if len(whole) > 1 else whole[0][None, ...]  # of one row, nothing is copied
         stacked = xp.reshape(stacked, (*queries.shape[:3], *stacked.shape[3:]))
         return self._place.give(stacked, queries, dtype)

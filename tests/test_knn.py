@@ -181,7 +181,8 @@ def test_what_a_read_rejects(rng, change, argument):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("rows", 0), ("heads", 0), ("dim", -1), ("capacity", 0), ("value_dim", 0), ("space", "dot"), ("dtype", "int3")],
+    [("rows", 0), ("heads", 0), ("dim", -1), ("capacity", 0), ("value_dim", 0), ("space", "dot"), ("dtype", "int3")]
+    + [(argument, 10**30) for argument in ("rows", "heads", "dim", "capacity", "value_dim")],  # nothing could hold it
 )
 def test_what_construction_rejects(argument, value):
     with pytest.raises(perdure.ArgumentError) as caught:

@@ -46,20 +46,20 @@ def centre_of(keys: np.ndarray) -> np.ndarray:
     return np.where(np.abs(mean) <= MOST, mean, 0.0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def coarseness(vector, levels):
     """The finest step to divide `vector` (d,) by and round: codes are at most `levels`, and their sums fit."""
-    largest, most = 0.0, 0.0
+    largest, most, wide = 0.0, 0.0, PACKED // HALVES
     for x in vector:
         largest = max(largest, abs(x))
-    if HALVES > 1:
-        for first in range(0, vector.shape[0], CHUNK * PACKED):
-            for half in range(HALVES):
-                square = 0.0
-                for c in range(first, min(first + CHUNK * PACKED, vector.shape[0])):
-                    if c % PACKED * HALVES // PACKED == half:
-                        square += vector[c] * vector[c]
-                most = max(most, square)
+    for first in range(0, vector.shape[0] if HALVES > 1 else 0, CHUNK * PACKED):
+        last = min(first + CHUNK * PACKED, vector.shape[0])
+        for half in range(HALVES):
+            square = 0.0
+            for b in range(half * wide, (half + 1) * wide):
+                for c in range(first + b, last, PACKED):
+                    square += vector[c] * vector[c]
+            most = max(most, square)
     return max(largest / levels, math.sqrt(most) / (LIMIT - ROUNDED))
 
 
