@@ -296,5 +296,57 @@ def test_drift_over_ten_turnovers_costs_no_recall(small, rng):
             fresh.write(kept.keys, kept.values)
             queries = clustered(rng, 200, shift=turn / 4)[None, None]
             fresh.search(queries[:, :, :4], 10)
-            fresh._rows[0].index.probes = memory._rows[0].index.probes
+            fresh._rows[0].index.probing.probes = memory._rows[0].index.probes
+            for one in (fresh, memory):
+                one._rows[0].index.audit.queries = -1000  # no audits now
             assert memory.recall(queries, 10) >= 0.95 * fresh.recall(queries, 10)
+
+
+def test_a_row_filled_before_it_is_asked_has_one_graph(small, rng):
+    """Until it loses a token: then a graph a segment, none of which holds a token that has left."""
+    memory = perdure.KNNMemory(1, 1, 8, 600, index="hnsw")
+    keys = clustered(rng, 700)[None, None]
+    memory.write(keys[:, :, :600], keys[:, :, :600])
+    memory.search(keys[:, :, :2], 3)
+    index = memory._rows[0].index
+    assert list(index.graphs) == [(0, 600 // index.segment * index.segment)]
+    again = copy.deepcopy(memory)
+    np.testing.assert_array_equal(again.search(keys, 3).positions, memory.search(keys, 3).positions)
+    memory.write(keys[:, :, 600:], keys[:, :, 600:])
+    near = memory.search(keys, 600)
+    np.testing.assert_array_equal(np.sort(near.positions[0, 0, 0]), np.arange(100, 700))
+    assert len(index.graphs) > 1
+    assert all(first >= 100 for first, _ in index.graphs)
+
+
+def test_few_agreeing_queries_are_not_trusted(rng):
+    """All neighbours in the first list, for one query or for many; then queries of another kind."""
+    probing = ivf.Probing(32, 0.95)
+    for queries, expected in ((1, 32), (20, 32), (1000, 1)):
+        probing.observe(np.zeros((1, queries, 8), int), np.ones((1, queries, 8), bool))
+        assert probing.probes == expected
+    probing.observe(np.full((1, 1000, 8), 20), np.ones((1, 1000, 8), bool))
+    assert probing.probes == 21
+    probing.lose(1.0, 1000)
+    probing.choose()
+    assert probing.probes == 32  # what codes miss no list makes up for
+
+
+@pytest.mark.parametrize("kind", ["alike", "skewed"])
+def test_lists_find_the_wanted_share(rng, kind):
+    """Of queries like the keys, and of a kind of which a tenth have their neighbours everywhere."""
+    keys = clustered(rng, 8000, clusters=40)[None, None]
+    memory = perdure.KNNMemory(1, 1, 8, 8000, index="ivf")
+    memory.write(keys, keys)
+
+    def asked():
+        queries = clustered(rng, 256, clusters=40)
+        if kind == "skewed":
+            queries[::10] = rng.standard_normal((26, 8)) / 8
+        return queries[None, None]
+
+    for _ in range(8):
+        memory.search(asked(), 16)
+    memory._rows[0].index.audit.queries = -(1 << 20)  # no audits now
+    assert np.mean([memory.recall(asked(), 16) for _ in range(4)]) >= 0.95
+    assert memory._rows[0].index.probes < memory._rows[0].index.probing.lists
