@@ -154,7 +154,9 @@ def test_codes_bound_every_score(data):
             for j in range(size):
                 i, slots = group * size + j, slice(panel * wide, min((panel + 1) * wide, len(keys)))
                 if i < len(queries) and bounds[i] < np.inf:
-                    step = codes_module.coarseness(queries[i].astype(np.float64), codes_module.QUERY_LEVELS)
+                    step = codes_module.coarseness(
+                        np.pad(queries[i].astype(np.float64), (0, -d % 4)), codes_module.QUERY_LEVELS
+                    )
                     count = slots.stop - slots.start
                     assert (low[j * wide :][:count] * step <= exact[i, slots]).all()
                     assert (high[j * wide :][:count] * step >= exact[i, slots]).all()
