@@ -14,7 +14,9 @@ def nearest(keys: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     half = np.sum(centroids * centroids, axis=1) / 2
     labels = np.empty(len(keys), np.int32)
     for first in range(0, len(keys), BLOCK):
-        labels[first : first + BLOCK] = (keys[first : first + BLOCK] @ centroids.T - half).argmax(axis=1)
+        scores = keys[first : first + BLOCK] @ centroids.T
+        scores -= half
+        labels[first : first + BLOCK] = scores.argmax(axis=1)
     return labels
 
 
