@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+from perdure.backends.numba import coded_lists
 from perdure.memory.indexes import audit, auto, centroids, costs, hnsw, ivf
 
 import perdure
@@ -350,3 +351,21 @@ def test_lists_find_the_wanted_share(rng, kind):
     memory._rows[0].index.audit.queries = -(1 << 20)  # no audits now
     assert np.mean([memory.recall(asked(), 16) for _ in range(4)]) >= 0.95
     assert memory._rows[0].index.probes < memory._rows[0].index.probing.lists
+
+
+def test_candidates_that_codes_cannot_tell_apart_are_cut(small, rng, monkeypatch):
+    """In lists the better half goes on: k different keys are found, with the scores they have."""
+    monkeypatch.setattr(coded_lists, "FEWER", 0)
+    keys = rng.standard_normal((1, 1, 1, 8)) + 1e-4 * rng.standard_normal((1, 1, 2000, 8))
+    keys, queries = keys.astype(np.float32), rng.standard_normal((1, 1, 100, 8)).astype(np.float32)
+    near = {}
+    for index, k in (("exact", 2000), ("ivf", 5)):
+        memory = perdure.KNNMemory(1, 1, 8, 2000, index=index, target_recall=0.5)
+        memory.write(keys, keys)
+        for _ in range(4):
+            near[index] = memory.search(queries, k)
+    scores = np.empty((100, 2000), np.float32)
+    np.put_along_axis(scores, near["exact"].positions[0, 0], near["exact"].scores[0, 0], -1)
+    positions = near["ivf"].positions[0, 0]
+    assert all(len(set(some)) == 5 and min(some) >= 0 for some in positions)
+    np.testing.assert_array_equal(np.take_along_axis(scores, positions, -1), near["ivf"].scores[0, 0])
