@@ -102,18 +102,17 @@ class HNSWIndex:
         """Drop the graphs that a token has left; build those of the segments that became complete."""
         if self.followed == row.written and not self.saved:
             return
-        self.graphs = {run: made for run, made in self.graphs.items() if row.oldest <= run[0]}
+        graphs = {run: made for run, made in self.graphs.items() if row.oldest <= run[0]}
         for run in self.saved:
             if row.oldest <= run[0] and run[1] <= row.written:
-                self.graphs[run] = self.built(row, *run)
-        self.saved = []
+                graphs[run] = self.built(row, *run)
         first, last = (edge * self.segment for edge in (-(-row.oldest // self.segment), row.written // self.segment))
-        covered = sorted(self.graphs)
+        covered = sorted(graphs)
         for start, end in zip([first, *(b for _, b in covered)], [*(a for a, _ in covered), last], strict=True):
             step = max(end - start, 1) if row.oldest == 0 else self.segment
             for at in range(start, end, step):
-                self.graphs[at, at + step] = self.built(row, at, at + step)
-        self.graphs, self.followed = dict(sorted(self.graphs.items())), row.written
+                graphs[at, at + step] = self.built(row, at, at + step)
+        self.graphs, self.saved, self.followed = dict(sorted(graphs.items())), [], row.written
 
     def built(self, row: Ring, first: int, last: int) -> list[Any]:
         """A graph a head over the tokens at positions first <= p < last."""

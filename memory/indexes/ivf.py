@@ -54,17 +54,18 @@ class IVFIndex:
 
     def state(self) -> dict[str, np.ndarray]:
         """What the keys alone do not say: centroids, which key is in which list, and the measured recall."""
-        if self.centroids is None:
-            return {}
-        slots = self.labels.shape[1]
-        counts = (slots, self.followed, self.trained_at, self.trained_on, self.trainings)
-        return {
-            "centroids": self.centroids,
-            "labels": self.labels,
-            "counts": np.array(counts, np.int64),
-            "audit": self.audit.state(),
-            **self.probing.state(),
-        }
+        with self.lock:  # a reader may be following meanwhile, and labels in place
+            if self.centroids is None:
+                return {}
+            slots = self.labels.shape[1]
+            counts = (slots, self.followed, self.trained_at, self.trained_on, self.trainings)
+            return {
+                "centroids": self.centroids,
+                "labels": self.labels.copy(),
+                "counts": np.array(counts, np.int64),
+                "audit": self.audit.state(),
+                **self.probing.state(),
+            }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         if state:

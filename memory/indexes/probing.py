@@ -41,7 +41,7 @@ class Probing:
 
     def lose(self, share: float, queries: int) -> None:
         """Count in the share of the true neighbours of the queries just observed that searched lists did not give."""
-        self.sums[2] += share * queries
+        self.sums = self.sums + np.array([0, 0, share * queries])  # not in place: it may be about to be saved
 
     def choose(self) -> None:
         weight, squares = self.sums[:2] + 1  # and one query that finds nothing
