@@ -50,7 +50,7 @@ def timed(function: Any, *args: Any) -> tuple[float, Any]:
 
 
 PARTS = ("insert", "search", "attend", "one")
-WARM = 4  # rounds that compile, train and tune, and do not count
+WARM = 8  # rounds that compile, train, audit often and tune, and do not count
 
 
 def measure(data: str, n: int, d: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ def test_lists_and_the_formula_agree(small, rng):
 
 def test_centroids_are_where_the_keys_are(rng):
     keys = clustered(rng, 3000, clusters=4)
-    made = centroids.train(keys, 4, None, rng)
+    made = centroids.train(keys, 4, None, rng, False)
     apart = np.linalg.norm(made[:, None] - made[None], axis=-1)[~np.eye(4, dtype=bool)].min()
     assert apart > 1
     labels = centroids.nearest(keys, made)

@@ -202,7 +202,7 @@ class IVFIndex:
         before = self.centroids if self.centroids is not None else [None] * self.heads
         rngs = (np.random.default_rng([self.seed, h, self.trainings]) for h in range(self.heads))
         trained = zip(keys, before, rngs, strict=True)
-        self.centroids = np.stack([train(some, lists, old, rng) for some, old, rng in trained])
+        self.centroids = np.stack([train(some, lists, old, rng, self.space != "l2") for some, old, rng in trained])
         if before[0] is None or len(before[0]) != lists:  # what was learned about other lists does not carry over
             self.probing = Probing(lists, self.audit.target)
             self.audit.restart()
