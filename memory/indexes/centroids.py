@@ -17,7 +17,7 @@ COLD, WARM = 8, 4  # rounds without and with centroids to start from
 
 
 def nearest(keys: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Which of `centroids` (lists, d) is nearest to each of `keys` (m, d), int32 (m,); of unit ones, the best aligned."""
+    """Which of `centroids` (lists, d) is nearest to each of `keys` (m, d), int32 (m,); of unit ones, by direction."""
     half = np.sum(centroids * centroids, axis=1) / 2
     labels = np.empty(len(keys), np.int32)
     for first in range(0, len(keys), BLOCK):
