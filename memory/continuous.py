@@ -74,7 +74,8 @@ class ContinuousMemory(Foresight, Savable):
     BackendError
         A device that is not there, or cannot compute; DeviceMemoryError where it is full.
     ArgumentError
-        A size below 1, an unknown choice, contraction outside (0, 1), or a negative ridge.
+        A size below 1, an unknown choice, contraction outside (0, 1), a negative ridge, or a segment so long that
+        contraction^(1/segment) rounds to 1.
 
     Notes
     -----
@@ -122,6 +123,8 @@ class ContinuousMemory(Foresight, Savable):
         self.basis = basis if isinstance(basis, Basis) else gaussian_basis(checks.count("basis", basis))
         self.contraction, self.sticky = checks.number("contraction", contraction, 0, 1), bool(sticky)
         self.segment = None if segment is None else checks.count("segment", segment)
+        if self.segment and self.contraction ** (1 / self.segment) == 1:  # nothing would be left for a token
+            raise ArgumentError("segment", "a length whose tokens have room", repr(segment), "Pass a shorter segment.")
         self.density, self.bins = checks.choice("density", density, DENSITIES), checks.count("bins", bins)
         self.dtype = checks.choice("dtype", dtype, DTYPES)
         self.compat = None if compat is None else checks.choice("compat", compat, COMPATIBLE)
@@ -197,14 +200,21 @@ class ContinuousMemory(Foresight, Savable):
         chosen = listed(rows, self.rows)
         x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
         histogram = None
-        if self.sticky and attention is not None:
+        if attention is not None:
             edges = original.edges() if self.compat else np.arange(self.bins + 1) / self.bins
             histogram = histogram_of(attention, len(chosen), edges, self.density, exact=self.compat is not None)
+            histogram = histogram if self.sticky else None
         if draws is not None:
             if not self.compat:
                 raise ArgumentError("draws", "None without compat", "an array", "Pass compat='infinite-former'.")
             draws = bins_drawn("draws", draws, (len(chosen), self.scheme.samples), self.bins)
-        self._signals.append(x, present, chosen, histogram, draws)
+        generator = self._signals.rng.bit_generator
+        drawn_from = generator.state
+        try:
+            self._signals.append(x, present, chosen, histogram, draws)
+        except BaseException:
+            generator.state = drawn_from  # what was drawn for a write that failed is drawn again
+            raise
         self._last_segment = int(present.sum(axis=1).max(initial=0)) or self._last_segment
 
     def read(self, mean: Any, variance: Any, density: str | None = None, rows: Sequence[int] | None = None) -> Reading:

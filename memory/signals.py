@@ -61,6 +61,9 @@ class Signals:
         at_home = framework(array) == framework(self.coefficients) and array.device == self.coefficients.device
         return array if at_home else self.place.take(array)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "coefficients": detached(self.coefficients)}  # a graph can be neither copied nor saved
+
     def contraction_of(self, length: int) -> float:
         """What a write of `length` tokens leaves of the room to the old signal."""
         return self.contraction ** (1 if self.segment is None else length / self.segment)

@@ -175,3 +175,11 @@ def test_cache_is_shared_and_bounded():
     for length in range(1, 513):
         ridge.fit_operator(basis, centred(length), 1e-3)
     assert ridge.CACHE.nbytes <= ridge.CACHE_BYTES
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_point_on_an_edge_belongs_to_the_bin_on_its_right(dtype):
+    for n in range(1, 200):
+        seen = rectangular_basis(n)((np.arange(n + 1) / n).astype(dtype))
+        assert np.array_equal(seen, np.eye(n)[[*range(n), n - 1]])
+    assert np.array_equal(Basis([0.1, 0.5], [0.2, 0.6], "rectangular").edges, [0, 0.2, 0.8])
