@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Fit, print what came of it, and save what was asked for."""
     n = whole_number("--basis", arguments.basis)
     segment = None if arguments.segment is None else whole_number("--segment", arguments.segment)
-    ridge = ("gcv" if segment is None else STREAMED) if arguments.ridge is None else arguments.ridge
+    ridge: Any = ("gcv" if segment is None else STREAMED) if arguments.ridge is None else arguments.ridge
     if ridge == "gcv" and segment is not None:
         raise ArgumentError("--ridge", "a number with --segment", "gcv", f"Pass --ridge {STREAMED:g}, or all at once.")
     ridge = ridge if ridge == "gcv" else penalty(ridge)
