@@ -98,7 +98,8 @@ def build(setting: dict[str, Any], window: bool, memory: int, device: str) -> Me
     local = {"dim": setting["dim"], "heads": setting["heads"], "segment": setting["segment"]}
     local["window"] = setting["segment"] if window else 0
     layers: list[Any] = [TransformerXLAttention(**local) for _ in range(setting["layers"])]
-    layers[setting["with memory"]] = layer = MemorizingAttention(**local, capacity=memory or 1, k=32, positions="t5")
+    looking = {"k": 32, "positions": "t5", "scale": setting["scale"]}
+    layers[setting["with memory"]] = layer = MemorizingAttention(**local, capacity=memory or 1, **looking)
     with torch.no_grad():
         if setting["start"] == "equal":
             layer.key.weight.copy_(layer.query.weight)
@@ -211,11 +212,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--keys", choices=("before", "own"), default="before", help="what keys are made of")
     parser.add_argument("--start", choices=("equal", "apart"), default="equal", help="projections of queries and keys")
+    parser.add_argument("--scale", type=float, help="where the scales start; sqrt(head_dim) if not given")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     setting = dict(FULL if options.full else QUICK)
     setting |= {"steps": options.steps or setting["steps"]}
-    setting |= {name: getattr(options, name) for name in ("keys", "start", "seed")}
+    setting |= {name: getattr(options, name) for name in ("keys", "start", "scale", "seed")}
     device, rows = options.device, list[dict[str, Any]]()
     chosen = options.corpus, options.suffix, options.without, options.least
     corpus = Corpus(*chosen, setting["documents"], setting["vocabulary"])
