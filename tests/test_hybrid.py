@@ -156,7 +156,7 @@ def test_hopeless_settings_are_refused():
 @pytest.mark.parametrize("eviction", ["fifo", "least_attended"])
 def test_what_the_signal_refuses_has_left_no_row(rng, eviction):
     """Of row 0 enough leaves to be fitted without a ridge, of row 1 too little: neither is written to."""
-    memory = hybrid(capacity=4, basis=64, ridge=0, samples=8, eviction=eviction)
+    memory = hybrid(capacity=4, basis=perdure.gaussian_basis(64, 0.0238), ridge=0, samples=8, eviction=eviction)
     memory.write(segment(rng, 4), segment(rng, 4))
     memory.read(segment(rng, 3), k=2)
     before = memory.state_dict()
