@@ -17,6 +17,8 @@ from .rows import detached, taken
 from .sticky import drawn_bins
 from .timeline import Kept, Timeline
 
+NOTHING = 1e-12  # of the room: what a write leaves at least, for a 0 could not be divided by
+
 
 class Signals:
     """Coefficients (rows, N, dim), tokens written, and which token each place shows.
@@ -66,7 +68,7 @@ class Signals:
 
     def contraction_of(self, length: int) -> float:
         """What a write of `length` tokens leaves of the room to the old signal."""
-        return self.contraction ** (1 if self.segment is None else length / self.segment)
+        return max(self.contraction ** (1 if self.segment is None else length / self.segment), NOTHING)
 
     def beside(self, x: Any, keep_graph: bool = False) -> Any:
         """The coefficients in the framework and on the device of x."""

@@ -151,6 +151,15 @@ def test_time_passes_by_the_token_where_a_segment_is_given(rng):
     assert np.allclose(at_once.signal(t), in_parts.signal(t), atol=0.03)
 
 
+def test_a_write_that_leaves_no_room_forgets(rng):
+    """contraction^(n/segment) is 0 in float64."""
+    mem = perdure.ContinuousMemory(1, 1, 16, segment=1)
+    for value in (1.0, 2.0, 3.0):
+        mem.write(np.full((1, 1200, 1), value), attention=rng.random((1, 4)))
+        assert np.allclose(mem.signal([0.05, 0.5, 0.95]), value, rtol=0.05)
+    assert np.allclose(mem.shown([0.5, 1]), [[3000, 3600]], rtol=1e-3)
+
+
 def test_other_frameworks_and_gradients(rng):
     x, mean = rng.standard_normal((2, 10, 3)), rng.random((2, 4))
     wanted = memory(dtype="float64")
