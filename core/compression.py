@@ -80,7 +80,7 @@ def compress(x: Any, rate: int, method: str = "mean", weights: tuple[Any, ...] =
             checks.finite(usage=usage)
         return most_used(x, rate, namespace(x).broadcast_to(usage, (*lead, n)))
     wide = computing_dtype(x, *weights)
-    quiet = np.errstate(over="ignore", invalid="ignore") if framework(x) == "numpy" else nullcontext()
+    quiet: Any = np.errstate(over="ignore", invalid="ignore") if framework(x) == "numpy" else nullcontext()
     with quiet:  # what overflows is about to be told
         made = compressed(cast(x, wide), rate, method, tuple(cast(w, wide) for w in weights))
         made = cast(made, x.dtype)
