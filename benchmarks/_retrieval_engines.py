@@ -5,6 +5,7 @@ What a peer cannot do, it does the way its users do it: an index without deletio
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import tempfile
@@ -106,6 +107,22 @@ class Faiss:
         return np.where(ids >= 0, (ids + (self.written - self.n if self.flat else 0)) % self.n, -1)
 
 
+class FaissProbes:
+    """An inverted index of faiss with another number of probes; the first of those who share it writes to it."""
+
+    def __init__(self, shared: dict[str, Faiss], keys: np.ndarray, lists: int, probes: int):
+        self.writes, self.probes = not shared, probes
+        self.own = shared["index"] if shared else shared.setdefault("index", Faiss(keys, lists))
+
+    def step(self, keys: np.ndarray) -> None:
+        if self.writes:
+            self.own.step(keys)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        self.own.index.nprobe = self.probes
+        return self.own.search(queries, k)
+
+
 class Graph(Ring):
     """hnswlib with deleted elements replaced."""
 
@@ -127,6 +144,22 @@ class Graph(Ring):
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         return self.index.knn_query(queries, k=k, num_threads=THREADS)[0].astype(np.int64)
+
+
+class SameGraph:
+    """hnswlib called directly, on the one graph of a memory that nothing is written to, and with its beam."""
+
+    def __init__(self, searched: Perdure):
+        self.searched = searched
+
+    def step(self, keys: np.ndarray) -> None:
+        """Nothing is written."""
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        index = self.searched.memory._rows[0].index
+        (graph,) = next(iter(index.graphs.values()))
+        graph.set_ef(max(index.ef, k))
+        return graph.knn_query(queries, k=k, num_threads=THREADS)[0].astype(np.int64)
 
 
 class USearch(Ring):
@@ -209,9 +242,11 @@ def engines(keys: np.ndarray, slow: bool, only: str = "") -> dict[str, Any]:
         "numpy argpartition": lambda: NumPy(keys),
         "torch topk": lambda: Torch(keys),
         "faiss Flat": lambda: Faiss(keys),
-        "faiss IVFFlat, 1/16 of the lists": lambda: Faiss(keys, lists, lists // 16),
-        "faiss IVFFlat, 1/32 of the lists": lambda: Faiss(keys, lists, lists // 32),
     }
+    shared: dict[str, Faiss] = {}
+    for share in (8, 16, 32, 64, 128):
+        maker = functools.partial(FaissProbes, shared, keys, lists, lists // share)
+        makers[f"faiss IVFFlat, 1/{share} of the lists"] = maker
     if slow:
         makers["perdure hnsw"] = lambda: Perdure(keys, index="hnsw")
         makers["hnswlib ef 128"] = lambda: Graph(keys, 128)

@@ -4,7 +4,8 @@ All take turns in one process on one thread, and CPU time is measured, so that a
 is what a memory does for every segment: 512 new keys in, the 512 oldest out, 512 queries, attention over what they
 found, by the same function for all. Medians over rounds; ratios to the float32 product of queries and keys, which every
 exact method without a trick has to compute. With --threads above 1 wall time is measured. With --turnovers everything
-is replaced so many times before, in segments, and indexes made anew over the same keys stand beside the others.
+is replaced so many times before, in segments, and indexes made anew over the same keys stand beside the others. With
+--sealed nothing is written once all is there, and hnswlib searches the very graph that perdure does.
 Prints a table, and keeps it with a picture and a description of the machine in benchmarks/results/.
 
     nox -s bench -- retrieval --data=clusters,normal,attention --keys=8192,65536 --rounds=7
@@ -33,7 +34,7 @@ for name in SLOWING:
 
 import numpy as np  # noqa: E402  # the variables above are read when it is imported
 from _retrieval_data import DATA  # noqa: E402
-from _retrieval_engines import Perdure, Ring, engines  # noqa: E402
+from _retrieval_engines import Perdure, Ring, SameGraph, engines  # noqa: E402
 
 import perdure  # noqa: E402
 
@@ -49,7 +50,7 @@ def timed(function: Any, *args: Any) -> tuple[float, Any]:
 
 
 PARTS = ("insert", "search", "attend", "one")
-WARM = 4  # rounds that compile, train and tune, and do not count
+WARM = 8  # rounds that compile, train, audit often and tune, and do not count
 
 
 def measure(data: str, n: int, d: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -63,11 +64,12 @@ def measure(data: str, n: int, d: int, options: argparse.Namespace) -> list[dict
     recalls: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(rounds):
         fresh = slice(past + n + turn * SEGMENT, past + n + (turn + 1) * SEGMENT)
+        new = slice(0, 0) if options.sealed else fresh
         for each in (ring, exact):
-            each.step(keys[fresh])
+            each.step(keys[new])
         truth = exact.search(queries[fresh], K)
         for name, engine in made.items():
-            insert, _ = timed(engine.step, keys[fresh])
+            insert, _ = timed(engine.step, keys[new])
             search, found = timed(engine.search, queries[fresh], K)
             attend = 0.0
             if found is not None:
@@ -93,6 +95,8 @@ def measure(data: str, n: int, d: int, options: argparse.Namespace) -> list[dict
 def followed(keys: np.ndarray, queries: np.ndarray, n: int, past: int, options: argparse.Namespace) -> dict[str, Any]:
     """The engines over the n keys before `past` + n, which reached them through all keys before."""
     made = engines(keys[:n], options.graphs, options.only)
+    if options.sealed and "perdure hnsw" in made:
+        made["hnswlib, the same graph"] = SameGraph(made["perdure hnsw"])
     for first in range(n, n + past, SEGMENT):
         for engine in made.values():
             engine.step(keys[first : first + SEGMENT])
@@ -196,6 +200,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--start", action="store_true", help="also how long a process takes to its first result")
     parser.add_argument("--graphs", action="store_true", help="also graphs, which take long to build")
+    parser.add_argument("--sealed", action="store_true", help="nothing is written after the start")
     parser.add_argument("--only", default="", help="engines by the beginnings of their names")
     parser.add_argument("--keep", default="retrieval", help="name of the files in benchmarks/results/")
     options = parser.parse_args()
@@ -207,7 +212,9 @@ def main() -> None:
             print(show(table[-1:] if len(table) == 1 else [r for r in table if (r["data"], r["keys"]) == (data, n)]))
     RESULTS.mkdir(exist_ok=True)
     report = {"machine": machine(), "segment": SEGMENT, "k": K, "rounds": options.rounds, "results": table}
-    report |= {"turnovers": options.turnovers} | ({"starting": starting()} if options.start else {})
+    report |= {"turnovers": options.turnovers, "sealed": options.sealed} | (
+        {"starting": starting()} if options.start else {}
+    )
     (RESULTS / f"{options.keep}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     plot(table, RESULTS / f"{options.keep}.png")
 

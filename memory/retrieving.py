@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..backends.arrays import cast, computing_dtype, namespace
+from ..backends.devices import HOST
 from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import to_numpy
+from ..backends.registry import current_backend, load
 from ..core import checks
 from ..core.attention import Reading
 from ..core.retrieval import Neighbours
@@ -77,13 +79,13 @@ class Retrieving:
         ------
         ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
         """
-        found = []
-        chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading, self._place.watched():
-            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                scores, positions = row.search(numbers, k)
-                taken = row.gather(positions)
-                found.append((scores, positions, taken["keys"], taken["values"], taken["tags"]))
+
+        def search(row: Any, numbers: Any) -> tuple[Any, ...]:
+            scores, positions = row.search(numbers, k)
+            taken = row.gather(positions)
+            return scores, positions, taken["keys"], taken["values"], taken["tags"]
+
+        found = self._of_rows(search, queries, rows, k)
         return Neighbours(*(self._ungrouped(parts, queries) for parts in zip(*found, strict=True)))
 
     def at(self, positions: Any, beside: Any = None) -> Neighbours:
@@ -156,13 +158,13 @@ class Retrieving:
         ShapeError, DTypeError, FrameworkError, NonFiniteError, ArgumentError
         """
         scale = 1 / math.sqrt(self.dim) if scale is None else checks.number("scale", scale)
-        found = []
-        chosen, grouped = self._grouped(queries, rows, k)
-        with self._lock.reading, self._place.watched():
-            for row, numbers in zip((self._rows[row] for row in chosen), grouped, strict=True):
-                scores, positions = row.search(numbers, k)
-                output, lse = row.attend(numbers, positions, scale)
-                found.append((output, lse, scores, positions, row.tags_at(positions)))
+
+        def read(row: Any, numbers: Any) -> tuple[Any, ...]:
+            scores, positions = row.search(numbers, k)
+            output, lse = row.attend(numbers, positions, scale)
+            return output, lse, scores, positions, row.tags_at(positions)
+
+        found = self._of_rows(read, queries, rows, k)
         outputs, lses, *rest = zip(*found, strict=True)
         scores, positions, tags = (self._ungrouped(parts, queries) for parts in rest)
         output, lse = self._ungrouped(outputs, queries), self._ungrouped(lses, queries, computing_dtype(queries))
@@ -194,6 +196,14 @@ class Retrieving:
                 exact = isinstance(row, DeviceRow) or not row.stored
                 shares.append(1.0 if exact else overlap(positions, exact_positions(row, numbers, k, self.space)))
         return float(np.mean(shares))
+
+    def _of_rows(self, work: Callable[..., Any], queries: Any, rows: Sequence[int] | None, k: int) -> list[Any]:
+        """What `work` finds for every chosen row and its queries, several rows at once where there are threads."""
+        chosen, grouped = self._grouped(queries, rows, k)
+        with self._lock.reading, self._place.watched():
+            tasks = [(self._rows[row], numbers) for row, numbers in zip(chosen, grouped, strict=True)]
+            together = getattr(load(current_backend()), "rows_in_parallel", None) if self._place is HOST else None
+            return together(work, tasks) if together else [work(*task) for task in tasks]
 
     def _numbers(self, array: Any) -> Any:
         """The caller's `array` where the memory is, in the dtype that is computed with."""

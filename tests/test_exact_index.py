@@ -154,7 +154,9 @@ def test_codes_bound_every_score(data):
             for j in range(size):
                 i, slots = group * size + j, slice(panel * wide, min((panel + 1) * wide, len(keys)))
                 if i < len(queries) and bounds[i] < np.inf:
-                    step = codes_module.coarseness(queries[i].astype(np.float64), codes_module.QUERY_LEVELS)
+                    step = codes_module.coarseness(
+                        np.pad(queries[i].astype(np.float64), (0, -d % 4)), codes_module.QUERY_LEVELS
+                    )
                     count = slots.stop - slots.start
                     assert (low[j * wide :][:count] * step <= exact[i, slots]).all()
                     assert (high[j * wide :][:count] * step >= exact[i, slots]).all()
@@ -289,12 +291,14 @@ def test_float16_keys_are_searched_as_what_they_are(case):
     assert_same(perdure.Neighbours(near.scores[0, 0], near.positions[0, 0]), scores, positions)
 
 
-def test_threads_change_nothing(rng, monkeypatch):
+@pytest.mark.parametrize("count", [2, 3], ids=["rows", "heads"])
+def test_threads_change_nothing(rng, monkeypatch, count):
+    """Two rows: side by side on two threads, one after the other on three."""
     memory = perdure.KNNMemory(2, 3, 8, 300)
     keys, queries = rng.standard_normal((2, 3, 400, 8)), rng.standard_normal((2, 3, 50, 8))
     memory.write(keys, keys)
     alone = memory.read(queries, 5)
-    monkeypatch.setattr(config, "NUMBA_NUM_THREADS", 3)
+    monkeypatch.setattr(config, "NUMBA_NUM_THREADS", count)
     monkeypatch.setattr(threads, "_pool", None)
     together = memory.read(queries, 5)
     for name in ("output", "lse"):

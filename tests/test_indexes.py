@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+from perdure.backends.numba import coded_lists
 from perdure.memory.indexes import audit, auto, centroids, costs, hnsw, ivf
 
 import perdure
@@ -154,7 +155,7 @@ def test_lists_and_the_formula_agree(small, rng):
 
 def test_centroids_are_where_the_keys_are(rng):
     keys = clustered(rng, 3000, clusters=4)
-    made = centroids.train(keys, 4, None, rng)
+    made = centroids.train(keys, 4, None, rng, False)
     apart = np.linalg.norm(made[:, None] - made[None], axis=-1)[~np.eye(4, dtype=bool)].min()
     assert apart > 1
     labels = centroids.nearest(keys, made)
@@ -296,5 +297,75 @@ def test_drift_over_ten_turnovers_costs_no_recall(small, rng):
             fresh.write(kept.keys, kept.values)
             queries = clustered(rng, 200, shift=turn / 4)[None, None]
             fresh.search(queries[:, :, :4], 10)
-            fresh._rows[0].index.probes = memory._rows[0].index.probes
+            fresh._rows[0].index.probing.probes = memory._rows[0].index.probes
+            for one in (fresh, memory):
+                one._rows[0].index.audit.queries = -1000  # no audits now
             assert memory.recall(queries, 10) >= 0.95 * fresh.recall(queries, 10)
+
+
+def test_a_row_filled_before_it_is_asked_has_one_graph(small, rng):
+    """Until it loses a token: then a graph a segment, none of which holds a token that has left."""
+    memory = perdure.KNNMemory(1, 1, 8, 600, index="hnsw")
+    keys = clustered(rng, 700)[None, None]
+    memory.write(keys[:, :, :600], keys[:, :, :600])
+    memory.search(keys[:, :, :2], 3)
+    index = memory._rows[0].index
+    assert list(index.graphs) == [(0, 600 // index.segment * index.segment)]
+    again = copy.deepcopy(memory)
+    np.testing.assert_array_equal(again.search(keys, 3).positions, memory.search(keys, 3).positions)
+    memory.write(keys[:, :, 600:], keys[:, :, 600:])
+    near = memory.search(keys, 600)
+    np.testing.assert_array_equal(np.sort(near.positions[0, 0, 0]), np.arange(100, 700))
+    assert len(index.graphs) > 1
+    assert all(first >= 100 for first, _ in index.graphs)
+
+
+def test_few_agreeing_queries_are_not_trusted(rng):
+    """All neighbours in the first list, for one query or for many; then queries of another kind."""
+    probing = ivf.Probing(32, 0.95)
+    for queries, expected in ((1, 32), (20, 32), (1000, 1)):
+        probing.observe(np.zeros((1, queries, 8), int), np.ones((1, queries, 8), bool))
+        assert probing.probes == expected
+    probing.observe(np.full((1, 1000, 8), 20), np.ones((1, 1000, 8), bool))
+    assert probing.probes == 21
+    probing.lose(1.0, 1000)
+    probing.choose()
+    assert probing.probes == 32  # what codes miss no list makes up for
+
+
+@pytest.mark.parametrize("kind", ["alike", "skewed"])
+def test_lists_find_the_wanted_share(rng, kind):
+    """Of queries like the keys, and of a kind of which a tenth have their neighbours everywhere."""
+    keys = clustered(rng, 8000, clusters=40)[None, None]
+    memory = perdure.KNNMemory(1, 1, 8, 8000, index="ivf")
+    memory.write(keys, keys)
+
+    def asked():
+        queries = clustered(rng, 256, clusters=40)
+        if kind == "skewed":
+            queries[::10] = rng.standard_normal((26, 8)) / 8
+        return queries[None, None]
+
+    for _ in range(8):
+        memory.search(asked(), 16)
+    memory._rows[0].index.audit.queries = -(1 << 20)  # no audits now
+    assert np.mean([memory.recall(asked(), 16) for _ in range(4)]) >= 0.95
+    assert memory._rows[0].index.probes < memory._rows[0].index.probing.lists
+
+
+def test_candidates_that_codes_cannot_tell_apart_are_cut(small, rng, monkeypatch):
+    """In lists the better half goes on: k different keys are found, with the scores they have."""
+    monkeypatch.setattr(coded_lists, "FEWER", 0)
+    keys = rng.standard_normal((1, 1, 1, 8)) + 1e-4 * rng.standard_normal((1, 1, 2000, 8))
+    keys, queries = keys.astype(np.float32), rng.standard_normal((1, 1, 100, 8)).astype(np.float32)
+    near = {}
+    for index, k in (("exact", 2000), ("ivf", 5)):
+        memory = perdure.KNNMemory(1, 1, 8, 2000, index=index, target_recall=0.5)
+        memory.write(keys, keys)
+        for _ in range(4):
+            near[index] = memory.search(queries, k)
+    scores = np.empty((100, 2000), np.float32)
+    np.put_along_axis(scores, near["exact"].positions[0, 0], near["exact"].scores[0, 0], -1)
+    positions = near["ivf"].positions[0, 0]
+    assert all(len(set(some)) == 5 and min(some) >= 0 for some in positions)
+    np.testing.assert_array_equal(np.take_along_axis(scores, positions, -1), near["ivf"].scores[0, 0])

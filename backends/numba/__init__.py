@@ -2,7 +2,7 @@
 
 Each function here is the faster twin of the kernel of the same name in core/, which is its specification; but for
 what indexes ask of a backend that has it: `exact_keys` and `make_lists` make what they keep beside the keys,
-`search_lists` searches it, and `rescore` scores candidates in full.
+`search_lists` searches it, and `rescore` scores candidates in full; `rows_in_parallel` works on many rows at once.
 """
 
 from .attention import attention
@@ -13,6 +13,7 @@ from .coded_lists import make_lists as make_lists
 from .lists import search_all as search_lists  # noqa: F401
 from .positions import systematic
 from .retrieval import retrieve
+from .threads import rows_in_parallel as rows_in_parallel
 from .unit import unit
 
 __all__ = ["attention", "expected_basis", "gaussians", "histogram", "retrieve", "systematic", "unit"]

@@ -77,7 +77,7 @@ def narrow(keys, first_slot, last_slot, shift, asked, k, bounds, candidates):
                     at = j * span + lane
                     if high[at] > bounds[i]:
                         if counts[i] == marks[i]:
-                            tighten(i, k, bounds, candidates)
+                            tighten(i, k, bounds, candidates, True)
                         if counts[i] != HELPLESS:
                             keep(i, first + lane + shift, low[at], high[at], places, lows, highs, counts)
 
@@ -90,20 +90,32 @@ def keep(i, place, low, high, places, lows, highs, counts):
 
 
 @njit(cache=True, nogil=True)
-def tighten(i, k, bounds, candidates):
+def reaching(i, bound, candidates):
+    """Drop the candidates of query i whose upper ends are below a bound; returns how many are left."""
+    places, lows, highs, counts, _ = candidates
+    kept = 0
+    for u in range(counts[i]):
+        if highs[i, u] >= bound:
+            places[i, kept], lows[i, kept], highs[i, kept] = places[i, u], lows[i, u], highs[i, u]
+            kept += 1
+    return kept
+
+
+@njit(cache=True, nogil=True)
+def tighten(i, k, bounds, candidates, sure):
     """Raise the bound of query i to the k-th largest lower end and drop the candidates below it; or, if that leaves
 
-    no room, give the query up, with a bound that nothing exceeds.
+    no room, give the query up, with a bound that nothing exceeds. If not `sure`, keep the better half instead.
     """
     places, lows, highs, counts, marks = candidates
     count, room = counts[i], places.shape[1]
     if count >= k:
         bounds[i] = max(bounds[i], kth_largest(lows[i, :count].copy(), k))
-    kept = 0
-    for u in range(count):
-        if highs[i, u] >= bounds[i]:
-            places[i, kept], lows[i, kept], highs[i, kept] = places[i, u], lows[i, u], highs[i, u]
-            kept += 1
+    kept = reaching(i, bounds[i], candidates)
+    if count == room and kept > room // 2 and not sure:
+        bounds[i] = kth_largest(highs[i, :kept].copy(), room // 2)
+        counts[i] = kept
+        kept = reaching(i, bounds[i], candidates)
     if count == room and kept > 3 * room // 4:
         counts[i], bounds[i] = HELPLESS, np.inf
     else:
@@ -169,8 +181,8 @@ def settle(queries, keys, start, unit, candidates, best, best_places):
 
 
 @njit(cache=True, nogil=True)
-def tighten_all(k, bounds, candidates):
+def tighten_all(k, bounds, candidates, sure=True):
     """Drop all candidates that are below their query's final bound."""
     for i in range(candidates[0].shape[0]):
         if candidates[3][i] != HELPLESS:
-            tighten(i, k, bounds, candidates)
+            tighten(i, k, bounds, candidates, sure)

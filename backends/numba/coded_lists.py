@@ -1,10 +1,13 @@
 """Inverted lists of one head's float32 keys as codes: pages of 64 keys, about a byte a component.
 
-The codes bound every score (codes.py); what may be among the k best is scored in full from the row's own keys. So the
-result is the exact one for the lists that are searched, as with full precision.
+The codes bound every score (codes.py); what may be among the k best is scored in full from the row's own keys. Where
+all lists are searched the result is the exact one. Where some are left out a neighbour may be missed anyway, and bounds
+are drawn closer, to LIKELY standard deviations of a score's error: the bound of Cauchy-Schwarz is sqrt(d) of them.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numba import njit
@@ -21,6 +24,9 @@ from .retrieval import search_rows
 from .scan import below
 from .search import NOTHING
 from .tile import highest_bit, lanes
+
+FEWER = 384  # candidates that there is room for, beside 4 k, where bounds are drawn closer
+LIKELY = 2.0  # on either side of a score; the errors of the two that are compared add up to sqrt(2) of one
 
 
 def make_lists(count: int, d: int, space: str, stored: np.dtype) -> Lists | CodedLists:
@@ -60,12 +66,12 @@ class CodedLists:
         self.chains.forget(oldest)
 
     def search(
-        self, queries: np.ndarray, k: int, probes: np.ndarray, keys: np.ndarray, start: int, oldest: int
+        self, queries: np.ndarray, k: int, probes: np.ndarray, keys: np.ndarray, start: int, oldest: int, sure: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions (q, k) of the best of the row's keys (stored, d), a ring whose oldest is at `start` and
 
-        at position `oldest`, that are in the lists probes (q, p). A query whose candidates the codes cannot tell apart
-        is searched exactly.
+        at position `oldest`, that are in the lists probes (q, p): all but surely, or if `sure`, surely. A query whose
+        candidates the codes cannot tell apart is searched exactly.
         """
         queries = np.ascontiguousarray(queries)
         q, words, chains = len(queries), self.codes[0].shape[1], self.chains
@@ -75,7 +81,9 @@ class CodedLists:
             *np.ones((2, q), np.float32),
         )
         encode_queries(queries, 1, *asked)
-        candidates = no_candidates(q, k, min(4 * k + ROOM, len(keys)))
+        if not sure:
+            asked[2][:] *= min(LIKELY / math.sqrt(self.d), 1.0)  # the reach of the bounds
+        candidates = no_candidates(q, k, min(4 * k + (ROOM if sure else FEWER), len(keys)))
         counts = candidates[3]
         counts[asked[3] == np.inf] = HELPLESS
         bounds = np.where(counts == HELPLESS, np.inf, -np.inf).astype(np.float32)
@@ -84,8 +92,8 @@ class CodedLists:
             if some.size:
                 who = by_list(some, len(chains.ends), (ONE, FEW, MANY))
                 pages = (chains.ends, chains.positions, chains.links)
-                narrow_lists(self.codes, asked, *who, *pages, oldest, k, bounds, candidates)
-                tighten_all(k, bounds, candidates)
+                narrow_lists(self.codes, asked, *who, *pages, oldest, k, bounds, candidates, sure)
+                tighten_all(k, bounds, candidates, sure)
         settle(queries, keys, start, self.space == "cosine", (candidates[0], counts), scores, ages)
         order(scores, ages)
         helpless = np.flatnonzero(counts == HELPLESS)
@@ -97,7 +105,7 @@ class CodedLists:
 
 
 @njit(cache=True, nogil=True)
-def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links, oldest, k, bounds, candidates):
+def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links, oldest, k, bounds, candidates, sure):
     """Collect candidates from every list for the queries that probe it, asking[begins[l] : begins[l + 1]]."""
     words, starts, reach, slip = asked
     places, lows, highs, counts, marks = candidates
@@ -140,7 +148,7 @@ def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links
                             if position >= oldest and high[at] > own_bounds[i]:
                                 query = who[i]
                                 if counts[query] == marks[query]:
-                                    tighten(query, k, bounds, candidates)
+                                    tighten(query, k, bounds, candidates, sure)
                                     own_bounds[i] = just_below(bounds[query])
                                 if counts[query] != HELPLESS:
                                     keep(query, position - oldest, low[at], high[at], places, lows, highs, counts)

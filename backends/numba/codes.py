@@ -48,19 +48,20 @@ def centre_of(keys: np.ndarray) -> np.ndarray:
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def coarseness(vector, levels):
-    """The finest step to divide `vector` (d,) by and round: codes are at most `levels`, and their sums fit."""
-    largest, most, wide = 0.0, 0.0, PACKED // HALVES
-    for x in vector:
-        largest = max(largest, abs(x))
-    for first in range(0, vector.shape[0] if HALVES > 1 else 0, CHUNK * PACKED):
-        last = min(first + CHUNK * PACKED, vector.shape[0])
-        for half in range(HALVES):
-            square = 0.0
-            for b in range(half * wide, (half + 1) * wide):
-                for c in range(first + b, last, PACKED):
-                    square += vector[c] * vector[c]
-            most = max(most, square)
-    return max(largest / levels, math.sqrt(most) / (LIMIT - ROUNDED))
+    """The finest step to divide `vector`, whole words, by and round: codes are at most `levels`, and their sums fit.
+
+    Each of a word's components has its own maximum and sum, so that they make a register.
+    """
+    a, b, c, d, most = 0.0, 0.0, 0.0, 0.0, 0.0
+    for first in range(0, vector.shape[0], CHUNK * PACKED):
+        aa, bb, cc, dd = 0.0, 0.0, 0.0, 0.0
+        for at in range(first, min(first + CHUNK * PACKED, vector.shape[0]), PACKED):
+            a, aa = max(a, abs(vector[at])), aa + vector[at] * vector[at]
+            b, bb = max(b, abs(vector[at + 1])), bb + vector[at + 1] * vector[at + 1]
+            c, cc = max(c, abs(vector[at + 2])), cc + vector[at + 2] * vector[at + 2]
+            d, dd = max(d, abs(vector[at + 3])), dd + vector[at + 3] * vector[at + 3]
+        most = max(most, aa + bb, cc + dd) if HALVES > 1 else 0.0
+    return max(max(a, b, c, d) / levels, math.sqrt(most) / (LIMIT - ROUNDED))
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -73,7 +74,7 @@ def encode_keys(keys, slots, centre, codes, scale, error, size):
     """
     lanes, d = scale.shape[1], keys.shape[1]
     slack = (d + 16) * 2.0**-23
-    line, centred = np.full(codes.shape[1] * PACKED, OFFSET, np.uint8), np.empty(d)
+    line, centred = np.full(codes.shape[1] * PACKED, OFFSET, np.uint8), np.zeros(codes.shape[1] * PACKED)
     words, line_words = codes.view(np.uint32), line.view(np.uint32)
     for i in range(keys.shape[0]):
         panel, lane = slots[i] // lanes, slots[i] % lanes
@@ -106,10 +107,11 @@ def encode_queries(queries, group_size, codes, starts, reach, slip):
     the sums of its codes. A query out of range gets an infinite slip.
     """
     totals = np.zeros(HALVES, np.int64)
-    vector = np.empty(queries.shape[1])
+    d = queries.shape[1]
+    vector = np.zeros(codes.shape[1] * PACKED)
     for i in range(queries.shape[0]):
         group, place, norm = i // group_size, i % group_size, 0.0
-        for c in range(vector.shape[0]):
+        for c in range(d):
             vector[c] = queries[i, c]
             norm += vector[c] * vector[c]
         norm = math.sqrt(norm)
@@ -119,7 +121,7 @@ def encode_queries(queries, group_size, codes, starts, reach, slip):
         step, missed = coarseness(vector, QUERY_LEVELS), 0.0
         for chunk in range(starts.shape[1]):
             totals[:] = 0
-            for c in range(chunk * CHUNK * PACKED, min((chunk + 1) * CHUNK * PACKED, vector.shape[0])):
+            for c in range(chunk * CHUNK * PACKED, min((chunk + 1) * CHUNK * PACKED, d)):
                 code = np.rint(vector[c] / step)
                 codes[group, c // PACKED, place * PACKED + c % PACKED] = np.int8(code)
                 missed += (vector[c] - code * step) ** 2

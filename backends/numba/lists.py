@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -39,12 +41,12 @@ class Lists:
         self.chains.forget(oldest)
 
     def search(
-        self, queries: np.ndarray, k: int, probes: np.ndarray, keys: np.ndarray, start: int, oldest: int
+        self, queries: np.ndarray, k: int, probes: np.ndarray, keys: np.ndarray, start: int, oldest: int, sure: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions (q, k) of the best keys, at positions from `oldest` on, of the lists probes (q, p).
 
         The first list of every query is searched before all others, so that these need not start from nothing. The
-        row's own `keys` (stored, d), a ring whose oldest is at `start`, are not needed here.
+        row's own `keys` (stored, d), a ring whose oldest is at `start`, are not needed here, and nothing is unsure.
         """
         q = queries.shape[0]
         best, places = np.full((q, k), -np.inf, self.computing), np.full((q, k), NONE, np.int64)
@@ -59,11 +61,18 @@ class Lists:
 
 
 def search_all(
-    heads: list[Lists], queries: np.ndarray, k: int, probes: np.ndarray, keys: np.ndarray, start: int, oldest: int
+    heads: list[Any],
+    queries: np.ndarray,
+    k: int,
+    probes: np.ndarray,
+    keys: np.ndarray,
+    start: int,
+    oldest: int,
+    sure: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores and positions (heads, q, k) of every head's queries (heads, q, d), several heads at once."""
     tasks = [(made, queries[h], probes[h], keys[h]) for h, made in enumerate(heads)]
-    found = in_parallel(lambda made, asked, lists, own: made.search(asked, k, lists, own, start, oldest), tasks)
+    found = in_parallel(lambda made, asked, lists, own: made.search(asked, k, lists, own, start, oldest, sure), tasks)
     scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
     return scores, positions
 

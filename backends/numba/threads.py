@@ -6,6 +6,7 @@ NUMBA_NUM_THREADS says how many threads there are at most; by default as many as
 
 from __future__ import annotations
 
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -25,10 +26,16 @@ def limit() -> int:
 
 
 def in_parallel(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """[work(*task) for task in tasks], several at once."""
+    """[work(*task) for task in tasks], several at once, each with the caller's choice of backend."""
     if limit() == 1 or len(tasks) < 2:
         return [work(*task) for task in tasks]
-    return list(_threads().map(lambda task: work(*task), tasks))
+    contexts = [contextvars.copy_context() for _ in tasks]
+    return list(_threads().map(lambda context, task: context.run(work, *task), contexts, tasks))
+
+
+def rows_in_parallel(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The same for the rows of a memory: few of them leave the threads to what each row does by itself."""
+    return in_parallel(work, tasks) if len(tasks) >= limit() else [work(*task) for task in tasks]
 
 
 def _threads() -> ThreadPoolExecutor:

@@ -11,28 +11,38 @@ from ...core.retrieval import retrieve
 from .protocol import Ring
 
 ALTERED = "Pass an unaltered state_dict."
-EVERY = 16  # searches from one audit to the next, after the first few
-ASKED = 32  # queries of a search that are audited, a head
-MEMORY = 0.75  # weight of the audits so far when so many are
+ALL, EARLY = 64, 4096  # queries that are all audited, and those
+OFTEN, SELDOM = 8, 256  # of which one in so many is, and of the later ones
+ASKED, MOST = 32, 128  # queries of a search that are audited at once, a head: if there are so many, and at most
+MEMORY = 0.93  # weight of the audits so far when ASKED more are
 
 
 class Audit:
     """Recall as measured so far, and whether it is time to measure again."""
 
     def __init__(self, target: float):
-        self.target, self.recall, self.searches = target, 1.0, 0
-        self.audits, self.warned = 0, False
+        self.target, self.recall, self.warned = target, 1.0, False
+        self.restart()
 
-    def due(self) -> bool:
-        """Count a search; True at the first, second, fourth, eighth, and then at every EVERY-th."""
-        self.searches += 1
-        return self.searches % EVERY == 0 or self.searches in (1, 2, 4, 8)
+    def restart(self) -> None:
+        """What was measured so far was about another setting: begin again."""
+        self.queries = self.audited = 0
+
+    def due(self, queries: int) -> np.ndarray:
+        """Count the queries of a search, and say which of them are to be audited: evenly spread ones, or none."""
+        self.queries += queries
+        owed = min(self.queries, ALL + min(self.queries, EARLY) // OFTEN + self.queries // SELDOM) - self.audited
+        some = min(owed, queries, MOST)
+        if some <= 0 or some < min(queries, ASKED):
+            return np.empty(0, int)
+        self.audited += some
+        return np.linspace(0, queries - 1, some).astype(int)
 
     def observe(self, found: np.ndarray, exact: np.ndarray) -> None:
         """Take in what an audit found: positions (heads, q, k) by the index, and by exact search."""
-        recall, weight = overlap(found, exact), 0.0 if self.audits == 0 else weight_of_past(found.shape[1])
-        self.recall = weight * self.recall + (1 - weight) * recall
-        self.audits += 1
+        q = found.shape[1]
+        weight = 0.0 if self.audited == q else weight_of_past(q)
+        self.recall = weight * self.recall + (1 - weight) * overlap(found, exact)
 
     def warn(self, index: str, remedy: str) -> None:
         """Warn, once, that the target is missed."""
@@ -46,7 +56,7 @@ class Audit:
             )
 
     def state(self) -> np.ndarray:
-        return np.array([self.recall, self.searches, self.audits, self.warned], np.float64)
+        return np.array([self.recall, self.queries, self.audited, self.warned], np.float64)
 
     def restore(self, state: np.ndarray | None) -> None:
         """Go on from `state`.
@@ -58,18 +68,13 @@ class Audit:
         """
         if state is None or state.shape != (4,):
             raise ArgumentError("state", "the four numbers of an audit", repr(state), ALTERED)
-        self.recall, self.searches = float(state[0]), int(state[1])
-        self.audits, self.warned = int(state[2]), bool(state[3])
+        self.recall, self.queries = float(state[0]), int(state[1])
+        self.audited, self.warned = int(state[2]), bool(state[3])
 
 
 def weight_of_past(queries: int) -> float:
     """What the audits so far count beside one of so many queries: a single query is little evidence."""
     return MEMORY ** (queries / ASKED)
-
-
-def audited(queries: int) -> np.ndarray:
-    """Which of so many queries are audited: a few, evenly spread."""
-    return np.linspace(0, queries - 1, min(ASKED, queries)).astype(int)
 
 
 def exact_positions(row: Ring, queries: np.ndarray, k: int, space: str) -> np.ndarray:

@@ -160,6 +160,7 @@ def measured() -> Costs:
     lists = IVFIndex(1, DIM, "ip", dtype, 0.95, 0)
     training = seconds(lambda: lists.retrain(row), once=True)
     count, unit = lists.centroids.shape[1], DIM * scanned
+    lists.probing.probes = max(count // 8, 1)
     lists.follow(row)
     best = lists.best_lists(many)
     listed = seconds(lambda: lists.search_lists(row, many, 32, best)) / (best.size * KEYS / count) / unit

@@ -3,9 +3,10 @@
 Source: Malkov & Yashunin, "Efficient and robust approximate nearest neighbor search using hierarchical navigable small
 world graphs" (PAMI 2018, arXiv 1603.09320), as implemented by hnswlib. A graph cannot forget, and hnswlib corrupts or
 crashes when it is asked to delete, grow, load or save beside other calls. So it is asked for none of that: tokens are
-cut by position into segments, a graph is built once over each segment that is complete, by one thread from one seed,
-and dropped whole as soon as one of its tokens has left. What is not in a graph, at either end of the row, is searched
-exactly. Every hit is scored again in full, so that graphs choose candidates and nothing else.
+cut by position into segments, and a graph is built once over those that are complete, by one thread from one seed:
+over each as it becomes complete, or over all there are, where a row was filled before it was asked and has lost nothing
+yet. It is dropped whole as soon as one of its tokens has left. What is not in a graph, at either end of the row, is
+searched exactly. Every hit is scored again in full, so that graphs choose candidates and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ...backends.arrays import optional_import
 from ...backends.errors import ArgumentError, RecallError
 from ...backends.registry import current_backend, load
 from ...core.retrieval import retrieve, unit
-from .audit import ALTERED, Audit, audited, exact_positions
+from .audit import ALTERED, Audit, exact_positions
 from .exact import written_between
 from .protocol import Ring
 
@@ -36,7 +37,9 @@ class HNSWIndex:
         self.given = (heads, dim, space, capacity, target, seed)
         self.heads, self.dim, self.space, self.seed = heads, dim, space, seed
         self.segment = max(capacity // PARTS, SMALLEST)
-        self.graphs: dict[int, list[Any]] = {}  # number of the segment -> a graph a head
+        self.graphs: dict[tuple[int, int], list[Any]] = {}  # first and last position -> a graph a head
+        self.saved: list[tuple[int, int]] = []  # of graphs that are to be built again
+        self.followed = 0  # tokens of the row's history that graphs were made or dropped for
         self.ef, self.audit, self.lock = 64, Audit(target), threading.Lock()
         self.library = optional_import("hnswlib", extra="hnsw")
 
@@ -47,23 +50,34 @@ class HNSWIndex:
     def nbytes(self) -> int:
         """Bytes of the graphs, estimated: the vectors once more, and the links of every node."""
         node = 4 * self.dim + 4 * (2 * LINKS + 1) + 16
-        return len(self.graphs) * self.heads * self.segment * node
+        return sum(last - first for first, last in self.graphs) * self.heads * node
 
     def state(self) -> dict[str, np.ndarray]:
-        """The beam width and the measured recall; graphs are built again, the same, from the keys."""
-        return {"ef": np.array([self.ef], np.int64), "audit": self.audit.state()}
+        """The beam width, the measured recall, and what graphs are over: they are built again, the same."""
+        runs = np.array([*self.graphs, *self.saved], np.int64).reshape(-1, 2)
+        return {"ef": np.array([self.ef], np.int64), "runs": runs, "audit": self.audit.state()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         ef = state.get("ef", np.empty(0))
         if ef.shape != (1,) or not 1 <= ef[0] <= MOST:
             raise ArgumentError("state", f"a beam width from 1 to {MOST}", f"ef = {ef}", ALTERED)
-        self.ef = int(ef[0])
+        runs = state.get("runs", np.empty((0, 2), np.int64))
+        edges = runs.ravel()
+        if (
+            runs.shape != (len(runs), 2)
+            or (edges < 0).any()
+            or (edges % self.segment).any()
+            or (np.diff(edges) < 0).any()
+        ):
+            raise ArgumentError("state", f"runs of segments of {self.segment}", f"{runs}", ALTERED)
+        self.ef, self.saved = int(ef[0]), [(int(first), int(last)) for first, last in runs if first < last]
         self.audit.restore(state.get("audit"))
 
     def explain(self) -> str:
         return (
-            f"{len(self.graphs)} graphs of {self.segment} tokens a head, beam {self.ef}, the rest exact; "
-            f"recall {self.audit.recall:.3f} in {self.audit.audits} audits, target {self.audit.target}"
+            f"{len(self.graphs)} graphs over {sum(last - first for first, last in self.graphs)} tokens, "
+            f"beam {self.ef}, the rest exact; "
+            f"recall {self.audit.recall:.3f} of {self.audit.audited} queries audited, target {self.audit.target}"
         )
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,8 +86,8 @@ class HNSWIndex:
             graphs, ef = dict(self.graphs), max(self.ef, k)
         found = [self.search_head(row, h, queries[h], k, graphs, ef) for h in range(self.heads)]
         scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
-        if graphs and queries.shape[1] and self.audit.due():
-            some = audited(queries.shape[1])
+        some = self.audit.due(queries.shape[1]) if graphs else np.empty(0, int)
+        if some.size:
             exact = exact_positions(row, queries[:, some], k, self.space)
             with self.lock:
                 self.audit.observe(positions[:, some], exact)
@@ -81,17 +95,30 @@ class HNSWIndex:
                     self.audit.warn('index="hnsw"', REMEDY)
                 elif self.audit.recall < self.audit.target:
                     self.ef = min(2 * self.ef, MOST)
+                    self.audit.restart()
         return scores, positions
 
     def follow(self, row: Ring) -> None:
         """Drop the graphs that a token has left; build those of the segments that became complete."""
-        complete = range(-(-row.oldest // self.segment), row.written // self.segment)
-        self.graphs = {number: made for number, made in self.graphs.items() if number in complete}
-        for number in complete:
-            if number not in self.graphs:
-                positions = np.arange(number * self.segment, (number + 1) * self.segment)
-                keys = row.numbers("keys", (slice(None), positions % row.capacity)).astype(np.float32, copy=False)
-                self.graphs[number] = [self.build(some, positions) for some in keys]
+        if self.followed == row.written and not self.saved:
+            return
+        graphs = {run: made for run, made in self.graphs.items() if row.oldest <= run[0]}
+        for run in self.saved:
+            if row.oldest <= run[0] and run[1] <= row.written:
+                graphs[run] = self.built(row, *run)
+        first, last = (edge * self.segment for edge in (-(-row.oldest // self.segment), row.written // self.segment))
+        covered = sorted(graphs)
+        for start, end in zip([first, *(b for _, b in covered)], [*(a for a, _ in covered), last], strict=True):
+            step = max(end - start, 1) if row.oldest == 0 else self.segment
+            for at in range(start, end, step):
+                graphs[at, at + step] = self.built(row, at, at + step)
+        self.graphs, self.saved, self.followed = dict(sorted(graphs.items())), [], row.written
+
+    def built(self, row: Ring, first: int, last: int) -> list[Any]:
+        """A graph a head over the tokens at positions first <= p < last."""
+        positions = np.arange(first, last)
+        keys = row.numbers("keys", (slice(None), positions % row.capacity)).astype(np.float32, copy=False)
+        return [self.build(some, positions) for some in keys]
 
     def build(self, keys: np.ndarray, positions: np.ndarray) -> Any:
         made = self.library.Index(space="l2" if self.space == "l2" else "ip", dim=self.dim)
@@ -100,7 +127,7 @@ class HNSWIndex:
         return made
 
     def search_head(
-        self, row: Ring, head: int, queries: np.ndarray, k: int, graphs: dict[int, list[Any]], ef: int
+        self, row: Ring, head: int, queries: np.ndarray, k: int, graphs: dict[tuple[int, int], list[Any]], ef: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions (q, k) of the best of what the graphs and both exact ends give for queries (q, dim)."""
         asked = unit(queries) if self.space == "cosine" else queries
@@ -115,11 +142,11 @@ class HNSWIndex:
             return np.full((len(queries), k), -np.inf, queries.dtype), np.full((len(queries), k), -1, np.int64)
         return self.rescored(row, head, queries, k, np.concatenate(parts, axis=1))
 
-    def ends(self, row: Ring, graphs: dict[int, list[Any]]) -> list[tuple[int, int]]:
+    def ends(self, row: Ring, graphs: dict[tuple[int, int], list[Any]]) -> list[tuple[int, int]]:
         """The ranges of positions that no graph holds: all, or what is older and what is newer than the graphs."""
         if not graphs:
             return [(row.oldest, row.written)] if row.stored else []
-        first, last = min(graphs) * self.segment, (max(graphs) + 1) * self.segment
+        first, last = min(graphs)[0], max(graphs)[1]
         return [(a, b) for a, b in ((row.oldest, first), (last, row.written)) if a < b]
 
     def ask(self, graph: Any, queries: np.ndarray, k: int, ef: int) -> np.ndarray:

@@ -15,20 +15,21 @@ import numpy as np
 from ...backends.errors import ArgumentError
 from ...backends.registry import current_backend, load
 from ...core.retrieval import retrieve, unit
-from .audit import ALTERED, Audit, audited, weight_of_past
+from .audit import ALTERED, Audit, overlap
 from .centroids import nearest, train
 from .exact import ExactIndex, written_since
+from .probing import Probing
 from .protocol import Ring
 
-MARGIN = 0.7  # the target's weight against 1 in what is aimed at: an audit is a sample
 FIRST = 4096  # keys from which lists are worth their while; fewer are searched exactly
 
 
 class IVFIndex:
-    """About sqrt(n) lists a head; of them a query's best `probes` are searched, in full precision.
+    """About sqrt(n) lists a head; of them a query's best few are searched, and what is found is scored in full.
 
     Centroids are trained when FIRST keys are stored, again when the row has doubled since, and from then on twice in
-    every turnover. `probes` follows the recall that audits measure.
+    every turnover. How many lists are searched follows from audits, from the first search on; if it is all of them,
+    the search is exact.
     """
 
     def __init__(self, heads: int, dim: int, space: str, dtype: np.dtype, target: float, seed: int):
@@ -36,10 +37,10 @@ class IVFIndex:
         self.heads, self.space, self.seed = heads, space, seed
         self.exact: ExactIndex | None = ExactIndex(heads, dim, space, dtype)
         self.audit = Audit(target)
-        self.followed = self.trained_at = self.trained_on = self.trainings = self.probes = 0
+        self.followed = self.trained_at = self.trained_on = self.trainings = 0
         self.centroids: Any = None  # (heads, lists, dim), from the first training on
         self.labels = np.empty((heads, 0), np.int32)  # of every slot
-        self.ranks = np.empty(0)  # how often a true neighbour's list had which rank
+        self.probing = Probing(0, target)
         self.lists: Any = None  # a head, where the backend has them
         self.lock = threading.Lock()
 
@@ -53,65 +54,72 @@ class IVFIndex:
 
     def state(self) -> dict[str, np.ndarray]:
         """What the keys alone do not say: centroids, which key is in which list, and the measured recall."""
-        if self.centroids is None:
-            return {}
-        slots = self.labels.shape[1]
-        counts = (slots, self.followed, self.trained_at, self.trained_on, self.trainings, self.probes)
-        return {
-            "centroids": self.centroids,
-            "labels": self.labels,
-            "counts": np.array(counts, np.int64),
-            "ranks": self.ranks,
-            "audit": self.audit.state(),
-        }
+        with self.lock:  # a reader may be following meanwhile, and labels in place
+            if self.centroids is None:
+                return {}
+            slots = self.labels.shape[1]
+            counts = (slots, self.followed, self.trained_at, self.trained_on, self.trainings)
+            return {
+                "centroids": self.centroids,
+                "labels": self.labels.copy(),
+                "counts": np.array(counts, np.int64),
+                "audit": self.audit.state(),
+                **self.probing.state(),
+            }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         if state:
             centroids, labels = (state.get(name, np.empty(0)) for name in ("centroids", "labels"))
-            counts, ranks = (state.get(name, np.empty(0)) for name in ("counts", "ranks"))
-            fits = centroids.ndim == 3 and centroids.shape[::2] == self.given[:2] and counts.shape == (6,)
-            fits = fits and ranks.shape == centroids.shape[1:2] and 1 <= counts[5] <= len(ranks)
+            counts = state.get("counts", np.empty(0))
+            fits = centroids.ndim == 3 and centroids.shape[::2] == self.given[:2] and counts.shape == (5,)
             fits = fits and labels.shape == (self.heads, counts[0]) and labels.dtype == np.int32
-            fits = fits and bool(np.isfinite(centroids).all() and (ranks >= 0).all())
-            if not fits or (labels.size and not 0 <= labels.min() <= labels.max() < len(ranks)):
+            fits = fits and bool(np.isfinite(centroids).all() and (counts >= 0).all())
+            if not fits or (labels.size and not 0 <= labels.min() <= labels.max() < centroids.shape[1]):
                 raise ArgumentError("state", "the state of inverted lists of this size", "another", ALTERED)
+            self.probing = Probing(centroids.shape[1], self.audit.target)
+            self.probing.restore(state)
             self.centroids, self.labels, self.exact = state["centroids"], state["labels"], None
-            numbers = map(int, state["counts"])
-            _, self.followed, self.trained_at, self.trained_on, self.trainings, self.probes = numbers
-            self.ranks = state["ranks"]
+            _, self.followed, self.trained_at, self.trained_on, self.trainings = map(int, counts)
             self.audit.restore(state.get("audit"))
 
     def explain(self) -> str:
         if self.centroids is None:
             return f"exact until {FIRST} keys are stored, then inverted lists"
+        much = ", more than half: exact search would cost no more" if 2 * self.probes > self.probing.lists else ""
         return (
-            f"{self.probes} of {self.centroids.shape[1]} inverted lists a query; "
-            f"recall {self.audit.recall:.3f} in {self.audit.audits} audits, target {self.audit.target}"
+            f"{self.probes} of {self.probing.lists} inverted lists a query{much}; expected recall "
+            f"{self.probing.recall:.3f} by {self.audit.audited} queries audited, target {self.audit.target}"
         )
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         with self.lock:
             self.follow(row)
             exact = self.exact
+            audited = self.audit.due(queries.shape[1]) if exact is None else np.empty(0, int)
         if exact is not None:
             return exact.search(row, queries, k)
         asked = unit(queries) if self.space == "cosine" else queries
-        best = self.best_lists(asked)  # (heads, q, probes)
+        if audited.size:
+            true, ranks = self.audited(row, asked[:, audited], k)
+        best = self.best_lists(asked)
         scores, positions = self.search_lists(row, asked, k, best)
         self.complete(row, queries, scores, positions)
-        if self.audit.due() and queries.shape[1]:
-            some = audited(queries.shape[1])
-            everywhere = np.broadcast_to(np.arange(self.centroids.shape[1]), (self.heads, some.size, len(self.ranks)))
-            _, true = self.search_lists(row, asked[:, some], k, everywhere)
+        if audited.size:
+            searched = np.where(ranks < best.shape[2], true, -1)
+            missed = 1 - overlap(positions[:, audited], searched)
             with self.lock:
-                self.audit.observe(positions[:, some], true)
-                self.tune(row, asked[:, some], true)
+                self.probing.lose(missed * (searched >= 0).sum() / max((true >= 0).sum(), 1), audited.size)
         return scores, positions
+
+    @property
+    def probes(self) -> int:
+        """How many lists are searched for a query."""
+        return self.probing.probes
 
     @property
     def probed(self) -> float | None:
         """Share of the lists that a search visits, once audits have measured it."""
-        return self.probes / self.centroids.shape[1] if self.audit.audits else None
+        return self.probes / self.probing.lists if self.audit.audited else None
 
     def search_lists(self, row: Ring, queries: np.ndarray, k: int, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions (heads, q, k) of the best keys of the lists best (heads, q, probes)."""
@@ -119,21 +127,12 @@ class IVFIndex:
         if lists is None:
             return self.by_formula(row, queries, k, best)
         keys, _ = row.part("keys", (slice(None), slice(0, row.stored)))
-        return load(current_backend()).search_lists(lists, queries, k, best, keys, row.start, row.oldest)
-
-    def list_scores(self, queries: np.ndarray) -> np.ndarray:
-        """How well the lists' centroids suit queries (heads, q, dim): (heads, q, lists), the larger the better."""
-        scores = queries @ self.centroids.swapaxes(1, 2)
-        if self.space == "l2":
-            scores -= np.sum(self.centroids**2, axis=-1)[:, None] / 2
-        return scores
+        sure = best.shape[2] == self.probing.lists
+        return load(current_backend()).search_lists(lists, queries, k, best, keys, row.start, row.oldest, sure)
 
     def best_lists(self, queries: np.ndarray) -> np.ndarray:
-        """The `probes` best lists of queries (heads, q, dim), the best first: (heads, q, probes)."""
-        scores = self.list_scores(queries)
-        best = np.argpartition(-scores, self.probes - 1, axis=-1)[..., : self.probes]
-        order = np.argsort(-np.take_along_axis(scores, best, axis=-1), axis=-1)
-        return np.take_along_axis(best, order, axis=-1)
+        """The lists whose centroids suit queries (heads, q, dim) best, the best first: (heads, q, probes)."""
+        return retrieve(queries, self.centroids, self.probes, self.scored, None, 0)[1]
 
     def by_formula(self, row: Ring, queries: np.ndarray, k: int, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the lists are to find: the best of the keys whose list is probed."""
@@ -153,23 +152,19 @@ class IVFIndex:
             found, ages = retrieve(queries[:, short], keys, positions.shape[2], self.space, None, row.start)
             scores[:, short], positions[:, short] = found, np.where(ages >= 0, ages + row.oldest, -1)
 
-    def tune(self, row: Ring, queries: np.ndarray, exact: np.ndarray) -> None:
-        """As many probes as would have found the target share of the positions `exact` (heads, q, k).
-
-        A key is found by the probe whose rank among its query's lists is that of the key's list; so the ranks of all
-        true neighbours say at once what recall every number of probes has. Older audits count less.
-        """
-        order = np.argsort(-self.list_scores(queries), axis=-1)
+    def audited(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The true neighbours' positions (heads, q, k) and the ranks of their lists; learn how many lists to search."""
+        lists = self.probing.lists
+        _, true = self.search_lists(row, queries, k, np.broadcast_to(np.arange(lists), (*queries.shape[:2], lists)))
+        order = retrieve(queries, self.centroids, lists, self.scored, None, 0)[1]
         ranks = np.empty_like(order)
-        np.put_along_axis(ranks, order, np.broadcast_to(np.arange(order.shape[-1]), order.shape), axis=-1)
-        found = exact >= 0
-        slots = np.where(found, exact % row.capacity, 0)
+        np.put_along_axis(ranks, order, np.broadcast_to(np.arange(lists), order.shape), axis=-1)
+        slots = np.where(true >= 0, true % row.capacity, 0)
         labels = np.take_along_axis(self.labels[:, None, :], slots.reshape(self.heads, 1, -1), axis=-1)
-        needed = np.take_along_axis(ranks, labels.reshape(exact.shape).astype(np.int64), axis=-1)[found]
-        self.ranks = weight_of_past(exact.shape[1]) * self.ranks + np.bincount(needed, minlength=len(self.ranks))
-        share = np.cumsum(self.ranks) / max(self.ranks.sum(), 1e-9)
-        self.probes = int(np.searchsorted(share, MARGIN * self.audit.target + 1 - MARGIN)) + 1
-        self.probes = min(self.probes, len(self.ranks))
+        ranks = np.take_along_axis(ranks, labels.reshape(true.shape).astype(np.int64), axis=-1)
+        with self.lock:
+            self.probing.observe(ranks, true >= 0)
+        return true, ranks
 
     @property
     def scored(self) -> str:
@@ -207,10 +202,10 @@ class IVFIndex:
         before = self.centroids if self.centroids is not None else [None] * self.heads
         rngs = (np.random.default_rng([self.seed, h, self.trainings]) for h in range(self.heads))
         trained = zip(keys, before, rngs, strict=True)
-        self.centroids = np.stack([train(some, lists, old, rng) for some, old, rng in trained])
+        self.centroids = np.stack([train(some, lists, old, rng, self.space != "l2") for some, old, rng in trained])
         if before[0] is None or len(before[0]) != lists:  # what was learned about other lists does not carry over
-            self.probes, self.ranks = max(lists // 8, 1), np.zeros(lists)
-            self.audit.searches = 0
+            self.probing = Probing(lists, self.audit.target)
+            self.audit.restart()
         self.label(row, [slice(0, row.stored)])
         self.trained_at, self.trained_on, self.trainings, self.lists = row.written, row.stored, self.trainings + 1, None
         self.exact = None
