@@ -23,6 +23,7 @@ from .windows import Windows, multiply, on_cpu, windows
 AT_ONCE = 64  # samples, or functions, that one product is about
 FINEST = 1 / 16  # over the mean spacing of functions: narrower ones do not ask for more samples
 SPARSE, SPARSE_AT_FIRST = 1.2, 8 / 3  # widths between samples, from which on each stands for all of its room
+LEAST_SHARE = 1e-12  # of [0, 1], for an old sample: keeps weights finite
 RARE = 8  # times rarer than the old, from which on new samples count for as much more
 
 
@@ -70,7 +71,8 @@ class Scheme:
         widths = room / new.size / self._width  # between new samples
         times = math.ceil(widths) if widths > (SPARSE if old.size else SPARSE_AT_FIRST) else 1
         copies = new if times == 1 else 1 - room + room * centred(times * new.size)
-        rarer = room / copies.size / (2 * old[0]) if old.size else 1.0  # the first stands in the middle of its share
+        share = max(2 * old[0], LEAST_SHARE) if old.size else 1.0  # the first stands in the middle of its own
+        rarer = room / copies.size / share
         weights = np.concatenate([np.ones(old.size), np.full(copies.size, rarer)]) if rarer > RARE else None
         operator = fit_operator(self.basis, np.concatenate([old, copies]), self.ridge, weights=weights)
         return operator if times == 1 else held(operator, new.size, times)

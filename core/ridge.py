@@ -163,7 +163,8 @@ def held(operator: FitOperator, samples: int, times: int) -> FitOperator:
         sums = operator.matrix[:, first:].reshape(-1, samples, times).sum(axis=2)
         matrix = np.concatenate([operator.matrix[:, :first], sums], axis=1)
         matrix.setflags(write=False)
-        return replace(operator, matrix=matrix, key=(operator.key, "held", times))
+        freedom = min(operator.degrees_of_freedom, matrix.shape[1])
+        return replace(operator, matrix=matrix, degrees_of_freedom=freedom, key=(operator.key, "held", times))
 
     return CACHE.get((operator.key, "held", times), make, lambda made: made.matrix.nbytes)
 

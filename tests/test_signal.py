@@ -268,3 +268,8 @@ def test_cross_validation_knows_no_scale(rng, scale):
     wanted = perdure.fit(x, gaussian_basis(24), ridge="gcv").ridge
     assert 1e-7 < wanted < 10
     assert np.isclose(perdure.fit(x * scale, gaussian_basis(24), ridge="gcv").ridge, wanted, rtol=1e-3)
+
+
+def test_a_contraction_to_nothing_leaves_the_new_samples(rng):
+    signal, new = perdure.fit(rng.standard_normal((40, 1)), gaussian_basis(24)), np.ones((40, 1))
+    assert np.abs(signal.update(new, contraction=1e-320)(np.linspace(0.1, 0.9, 9)) - 1).max() < 0.05
