@@ -5,7 +5,8 @@
 
 1. perplexity: one long document in windows of 512 tokens, within the context and beyond it, against windows alone, the
    previous window, the same with the document's first tokens (StreamingLLM), and full attention as far as it goes.
-2. passkey: a number hidden in a long text and asked for at its end, by length and depth.
+2. passkey: a number hidden in a long text and asked for at its end, by length and depth. With --keys=N, N of them in
+   the document, each asked for by its first two digits, after each of --lengths of one reading.
 3. definitions: the loss at uses of identifiers whose last mention is so far back that only memory reaches it, and how
    often what was retrieved there is one of those mentions. It takes its losses from the runs of 1.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -33,6 +35,7 @@ from perdure.bindings.demo.methods import Result, with_cache, with_memory, witho
 from perdure.bindings.pretrained import Pretrained, smollm2
 from perdure.bindings.transformers import attach, detach
 from perdure.bindings.transformers.document import token_ids
+from transformers import DynamicCache
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW, SINKS, FAR, DEFAULT = 512, 4, 1024, "_pydecimal.py"
@@ -47,6 +50,10 @@ FULL: dict[str, Any] = {
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "\nThe pass key is {}. Remember it. {} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
+CUE = 2  # digits of a key that the question after one of many gives
+CUED = "\nWhat is the pass key that begins with {0}? The pass key is {0}"
+CUE = 2  # digits of a key that the question after one of many gives
+CUED = "\nWhat is the pass key that begins with {0}? The pass key is {0}"
 
 
 # ---- 1. perplexity --------------------------------------------------------------------------------------------------
@@ -112,9 +119,25 @@ def hidden(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[torch.
     return torch.tensor([filler * before + needle + filler * (sentences - before)]), key
 
 
-def knows(tokenizer: Any, key: str, forward: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether every digit of the key is the likeliest next token: what greedy generation would write."""
-    question, answer = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (QUESTION, f" {key}"))
+def many_hidden(tokenizer: Any, text: torch.Tensor, length: int, many: int, seed: int) -> tuple[torch.Tensor, Any]:
+    """`length` tokens of `text` (1, n) with `many` keys hidden evenly in it, no two of which begin alike; and the keys,
+    each with the number of tokens up to its end."""
+    rng = random.Random(f"{seed} {many}")
+    keys = [str(1000 * start + rng.randrange(1000)) for start in rng.sample(range(10, 100), many)]
+    needles = [token_ids(NEEDLE.format(key, key), tokenizer) for key in keys]
+    around = length - sum(needle.shape[1] for needle in needles)
+    cuts = [0, *(round((i + 0.5) / many * around) for i in range(many)), around]
+    between = [text[:, start:end] for start, end in itertools.pairwise(cuts)]
+    parts = [part for pair in zip(between, needles, strict=False) for part in pair] + between[-1:]
+    ends = itertools.accumulate(part.shape[1] for part in parts)
+    return torch.cat(parts, dim=1), list(zip(keys, itertools.islice(ends, 1, None, 2), strict=False))
+
+
+def knows(tokenizer: Any, key: str, forward: Callable[[torch.Tensor], torch.Tensor], told: int = 0) -> bool:
+    """Whether every digit of the key but those the question has `told` is the likeliest next token: what greedy
+    generation would write."""
+    texts = (CUED.format(key[:told]), key[told:]) if told else (QUESTION, f" {key}")
+    question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     logits = forward(torch.tensor([question + answer]))
     return logits[0, len(question) - 1 : -1].argmax(-1).tolist() == answer
 
@@ -138,14 +161,61 @@ def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[d
             row["perdure seconds"] = round(time.perf_counter() - start, 1)
             for name, part in (("previous window", ids[:, -WINDOW:]), ("full attention", ids)):
                 if part.shape[1] + 2 * len(QUESTION) <= setting["full to"]:
-                    row[name] = knows(
-                        tokenizer,
-                        key,
-                        lambda q, p=part: (
-                            model(torch.cat([p, q], dim=1), use_cache=False, logits_to_keep=q.shape[1]).logits
-                        ),
-                    )
+                    row[name] = knows(tokenizer, key, functools.partial(_after, model, part))
             keep(row)
+
+
+@torch.inference_mode()
+def many_pass_keys(
+    pretrained: Pretrained, text: torch.Tensor, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """One reading of the longest length; after each length, every key read by then is asked for."""
+    model, tokenizer, seconds, done = pretrained.model, pretrained.tokenizer, 0.0, 0
+    ids, keys = many_hidden(tokenizer, text, max(setting["lengths"]), setting["keys"], setting["seed"])
+    memory = attach(model, capacity=ids.shape[1], index=setting["index"], **setting["further"])
+    try:
+        for length in sorted(setting["lengths"]):
+            start = time.perf_counter()
+            memory.read_document(ids[:, done:length], progress=False)
+            seconds, done = seconds + time.perf_counter() - start, length
+            asked = [key for key, end in keys if end <= length]
+            start = time.perf_counter()
+            with memory.frozen():
+                right = [knows(tokenizer, key, lambda q: model(q, use_cache=False).logits, CUE) for key in asked]
+            row = {"length": length, "keys": len(asked), "perdure": sum(right)}
+            row["depths missed"] = [
+                round(end / length, 3) for (key, end), hit in zip(keys, right, strict=False) if not hit
+            ]
+            row["seconds to read"] = round(seconds, 1)
+            row["seconds a question"] = round((time.perf_counter() - start) / max(len(asked), 1), 2)
+            row["GiB"] = round(memory.nbytes / 2**30, 2)
+            keep(row)
+    finally:
+        detach(model)
+    for length in setting["lengths"]:
+        asked = [key for key, end in keys if end <= length]
+        if length + 2 * len(CUED) <= setting["full to"]:
+            cache = DynamicCache(config=model.config)
+            for start in range(0, length, WINDOW):
+                model(ids[:, start : min(start + WINDOW, length)], past_key_values=cache, logits_to_keep=1)
+            hits = sum(knows(tokenizer, key, functools.partial(_continued, model, cache), CUE) for key in asked)
+            keep({"length": length, "keys": len(asked), "full attention": hits})
+        window = ids[:, max(length - WINDOW, 0) : length]
+        hits = sum(knows(tokenizer, key, functools.partial(_after, model, window), CUE) for key in asked)
+        keep({"length": length, "keys": len(asked), "previous window": hits})
+
+
+def _after(model: Any, part: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+    """Logits of a question right after `part`."""
+    ids = torch.cat([part, question], dim=1)
+    return model(ids, use_cache=False, logits_to_keep=question.shape[1]).logits
+
+
+def _continued(model: Any, cache: Any, question: torch.Tensor) -> torch.Tensor:
+    """Logits of a question after what is cached, which stays as it is."""
+    logits = model(question, past_key_values=cache, use_cache=True).logits
+    cache.crop(-question.shape[1])
+    return logits
 
 
 # ---- 3. definitions -------------------------------------------------------------------------------------------------
@@ -240,6 +310,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=lambda text, kind=kind: [kind(part) for part in text.split(",") if part])
     parser.add_argument("--index", default="exact")
     parser.add_argument("--further", type=json.loads, default={}, help='more of attach, as JSON: {"recent": 0}')
+    parser.add_argument("--keys", type=int, default=0, help="pass keys in one document; 0: one, in a text of its own")
     parser.add_argument("--no-trace", dest="trace", action="store_false")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "pretrained.json")
@@ -279,7 +350,11 @@ def main() -> None:
         if uses:
             note("definitions", at_uses(result, uses))
 
-    if "passkey" in chosen:
+    if "passkey" in chosen and setting["keys"]:
+        longest = max(setting["lengths"])
+        text_ids = token_ids(text[: 8 * longest], pretrained.tokenizer)
+        many_pass_keys(pretrained, text_ids, setting, functools.partial(note, "many pass keys"))
+    elif "passkey" in chosen:
         pass_keys(pretrained, setting, functools.partial(note, "passkey"))
     if "perplexity" in chosen:
         read_every_way(pretrained.model, ids, setting, keep)
