@@ -6,7 +6,8 @@
 1. perplexity: one long document in windows of 512 tokens, within the context and beyond it, against windows alone, the
    previous window, the same with the document's first tokens (StreamingLLM), and full attention as far as it goes.
 2. passkey: a number hidden in a long text and asked for at its end, by length and depth. With --keys=N, N of them in
-   the document, each asked for by its first two digits, after each of --lengths of one reading.
+   the document, asked for after each of --lengths of one reading: one by one, the memories of the others overwritten,
+   and by its first two digits, with all of them there.
 3. definitions: the loss at uses of identifiers whose last mention is so far back that only memory reaches it, and how
    often what was retrieved there is one of those mentions. It takes its losses from the runs of 1.
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 import math
 import platform
@@ -26,10 +26,11 @@ import random
 import re
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from perdure.bindings.demo.methods import Result, with_cache, with_memory, without_memory
 from perdure.bindings.pretrained import Pretrained, smollm2
@@ -119,18 +120,49 @@ def hidden(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[torch.
     return torch.tensor([filler * before + needle + filler * (sentences - before)]), key
 
 
-def many_hidden(tokenizer: Any, text: torch.Tensor, length: int, many: int, seed: int) -> tuple[torch.Tensor, Any]:
+def many_hidden(
+    tokenizer: Any, text: torch.Tensor, length: int, many: int, seed: int
+) -> tuple[torch.Tensor, list[tuple[str, range]]]:
     """`length` tokens of `text` (1, n) with `many` keys hidden evenly in it, no two of which begin alike; and the keys,
-    each with the number of tokens up to its end."""
+    each with the tokens that tell it."""
     rng = random.Random(f"{seed} {many}")
     keys = [str(1000 * start + rng.randrange(1000)) for start in rng.sample(range(10, 100), many)]
     needles = [token_ids(NEEDLE.format(key, key), tokenizer) for key in keys]
     around = length - sum(needle.shape[1] for needle in needles)
-    cuts = [0, *(round((i + 0.5) / many * around) for i in range(many)), around]
-    between = [text[:, start:end] for start, end in itertools.pairwise(cuts)]
-    parts = [part for pair in zip(between, needles, strict=False) for part in pair] + between[-1:]
-    ends = itertools.accumulate(part.shape[1] for part in parts)
-    return torch.cat(parts, dim=1), list(zip(keys, itertools.islice(ends, 1, None, 2), strict=False))
+    parts, places, taken = [], [], 0
+    for i, needle in enumerate(needles):
+        part = text[:, taken : round((i + 0.5) / many * around)]
+        parts, taken = [*parts, part, needle], taken + part.shape[1]
+        end = sum(part.shape[1] for part in parts)
+        places.append(range(end - needle.shape[1], end))
+    return torch.cat([*parts, text[:, taken:around]], dim=1), list(zip(keys, places, strict=True))
+
+
+def alone(memory: Any, keys: list[tuple[str, range]]) -> Iterator[str]:
+    """Each of `keys` in turn, while of the others nothing is remembered: in their places `memory` has the keys and
+    values of the tokens before them once more. Afterwards it is what it was."""
+    of_keys = np.array([place for _, places in keys for place in places])
+    of_text = np.array([place - len(places) for _, places in keys for place in places])
+    stores = [(i, name) for i, layer in memory.layers.items() for name in layer.stores if name != "first"]
+    own: dict[tuple[int, str], list[np.ndarray]] = {}
+    for key, places in [*keys, ("", range(max(places[-1] for _, places in keys) + 1))]:
+        for where in stores:
+            layer, store = memory.layers[where[0]], memory.layers[where[0]].stores[where[1]]
+            there, instead = of_keys - layer.capacities["first"], of_text - layer.capacities["first"]
+            held = (instead >= store.written[0] - store.tokens[0]) & (there < store.written[0])
+            if held.any():
+                state = store.state_dict()
+                arrays = [a for name, a in state.items() if name.endswith((".keys", ".values", ".labels"))]
+                there, instead = there[held] % store.capacity, instead[held] % store.capacity
+                mine = np.isin(of_keys[held], places)
+                originals = own.setdefault(where, [a[:, there].copy() for a in arrays])
+                for array, original in zip(arrays, originals, strict=True):
+                    wide = mine[:, None] if array.ndim == 3 else mine
+                    array[:, there] = np.where(wide, original, array[:, instead])
+                layer.stores[where[1]] = type(store).from_state_dict(state)
+                layer.take_over(layer)  # what it keeps of its stores is not theirs any more
+        if key:
+            yield key
 
 
 def knows(tokenizer: Any, key: str, forward: Callable[[torch.Tensor], torch.Tensor], told: int = 0) -> bool:
@@ -173,36 +205,39 @@ def many_pass_keys(
     model, tokenizer, seconds, done = pretrained.model, pretrained.tokenizer, 0.0, 0
     ids, keys = many_hidden(tokenizer, text, max(setting["lengths"]), setting["keys"], setting["seed"])
     memory = attach(model, capacity=ids.shape[1], index=setting["index"], **setting["further"])
+
+    def forward(question: torch.Tensor) -> torch.Tensor:
+        with memory.frozen():
+            return model(question, use_cache=False).logits
+
     try:
         for length in sorted(setting["lengths"]):
             start = time.perf_counter()
             memory.read_document(ids[:, done:length], progress=False)
             seconds, done = seconds + time.perf_counter() - start, length
-            asked = [key for key, end in keys if end <= length]
-            start = time.perf_counter()
-            with memory.frozen():
-                right = [knows(tokenizer, key, lambda q: model(q, use_cache=False).logits, CUE) for key in asked]
-            row = {"length": length, "keys": len(asked), "perdure": sum(right)}
-            row["depths missed"] = [
-                round(end / length, 3) for (key, end), hit in zip(keys, right, strict=False) if not hit
-            ]
-            row["seconds to read"] = round(seconds, 1)
-            row["seconds a question"] = round((time.perf_counter() - start) / max(len(asked), 1), 2)
+            asked = [(key, places) for key, places in keys if places[-1] < length]
+            row = {"length": length, "keys": len(asked), "seconds to read": round(seconds, 1)}
             row["GiB"] = round(memory.nbytes / 2**30, 2)
+            start = time.perf_counter()
+            row["by its start"] = sum(knows(tokenizer, key, forward, CUE) for key, _ in asked)
+            row["seconds a question"] = round((time.perf_counter() - start) / max(len(asked), 1), 2)
+            row["alone"], row["depths missed"] = 0, []
+            for key in alone(memory, asked):
+                hit = knows(tokenizer, key, forward)
+                row["alone"] += hit
+                row["depths missed"] += [] if hit else [round(dict(asked)[key][-1] / length, 3)]
             keep(row)
     finally:
         detach(model)
     for length in setting["lengths"]:
-        asked = [key for key, end in keys if end <= length]
-        if length + 2 * len(CUED) <= setting["full to"]:
-            cache = DynamicCache(config=model.config)
-            for start in range(0, length, WINDOW):
-                model(ids[:, start : min(start + WINDOW, length)], past_key_values=cache, logits_to_keep=1)
-            hits = sum(knows(tokenizer, key, functools.partial(_continued, model, cache), CUE) for key in asked)
-            keep({"length": length, "keys": len(asked), "full attention": hits})
-        window = ids[:, max(length - WINDOW, 0) : length]
-        hits = sum(knows(tokenizer, key, functools.partial(_after, model, window), CUE) for key in asked)
-        keep({"length": length, "keys": len(asked), "previous window": hits})
+        asked = [key for key, places in keys if places[-1] < length]
+        for name, first in (("previous window", max(length - WINDOW, 0)), ("full attention", 0)):
+            if length - first + 2 * len(CUED) <= setting["full to"]:
+                cache = DynamicCache(config=model.config)
+                for start in range(first, length, WINDOW):
+                    model(ids[:, start : min(start + WINDOW, length)], past_key_values=cache, logits_to_keep=1)
+                hits = sum(knows(tokenizer, key, functools.partial(_continued, model, cache), CUE) for key in asked)
+                keep({"length": length, "keys": len(asked), f"{name}, by its start": hits})
 
 
 def _after(model: Any, part: torch.Tensor, question: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ def attach(
     recent: int | None = None,
     sinks: int = SINKS,
     index: str = "exact",
+    target_recall: float = 0.95,
     device: Any = None,
     device_capacity: int | None = None,
 ) -> ModelMemory:
@@ -76,6 +77,8 @@ def attach(
         the attention they have no use for on them, and read badly once they are gone (Xiao et al., arXiv 2309.17453).
     index : {"exact", "ivf", "hnsw", "auto"}
         How memories are found; see `KNNMemory`.
+    target_recall : float
+        Share of the true neighbours that approximate indexes are to find.
     device : str or torch.device, optional
         Where memories are held and searched, exactly: main memory by default, whatever the model's device. What is
         saved from one device loads on every other.
@@ -111,6 +114,8 @@ def attach(
     chosen = choose(layers, sorted(attentions))
     checks.count("capacity", capacity)
     checks.choice("index", index, INDEXES)
+    if checks.positive("target_recall", target_recall) > 1:
+        raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
     checks.neighbours(k, capacity)
     checks.count("window", window)
     recent = window if recent is None else checks.count("recent", recent, least=0)
@@ -139,7 +144,12 @@ def attach(
         "sinks": sinks,
         "recent": recent,
         "k": k,
-        "settings": {"index": index, "device": device, "device_capacity": device_capacity},
+        "settings": {
+            "index": index,
+            "target_recall": target_recall,
+            "device": device,
+            "device_capacity": device_capacity,
+        },
     }
     model.set_attn_implementation(implementation(base))
     if model.config._attn_implementation != implementation(base):
