@@ -4,7 +4,8 @@
     nox -s bench -- pretrained --full --document=topology.ml     # hours
 
 1. perplexity: one long document in windows of 512 tokens, within the context and beyond it, against windows alone, the
-   previous window, the same with the document's first tokens (StreamingLLM), and full attention as far as it goes.
+   previous window, the same with the document's first tokens, the same with positions counted anew (StreamingLLM), and
+   full attention as far as it goes.
 2. passkey: a number hidden in a long text and asked for at its end, by length and depth. With --keys=N, N of them in
    the document, asked for after each of --lengths of one reading: one by one, the memories of the others overwritten,
    and by its first two digits, with all of them there.
@@ -69,6 +70,8 @@ def read_every_way(model: Any, ids: torch.Tensor, setting: dict[str, Any], keep:
         keep(with_cache(model, ids, WINDOW, _silent, keep=WINDOW))
     if "sinks" in setting["baselines"]:
         keep(with_cache(model, ids, WINDOW, _silent, keep=WINDOW, sinks=SINKS))
+    if "streaming" in setting["baselines"]:
+        keep(with_cache(model, ids, WINDOW, _silent, keep=WINDOW, sinks=SINKS, anew=True))
     if "full" in setting["baselines"]:
         keep(with_cache(model, ids[:, :context], WINDOW, _silent))
     for k in setting["k"]:
@@ -339,7 +342,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--experiments", default="perplexity,passkey,definitions")
     parser.add_argument("--document", type=Path, default=Path(sysconfig.get_path("stdlib")) / DEFAULT)
-    parser.add_argument("--baselines", default="none,xl,sinks,full")
+    parser.add_argument("--baselines", default="none,xl,sinks,full", help="... and streaming")
     parser.add_argument("--tokens", type=int)
     for name, kind in (("k", int), ("memory", str), ("positions", str), ("lengths", int), ("depths", float)):
         parser.add_argument(f"--{name}", type=lambda text, kind=kind: [kind(part) for part in text.split(",") if part])
