@@ -206,9 +206,12 @@ def test_only_the_chosen_layers_remember(ids):
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {**LLAMA, **SPECIAL, "head_dim": 8}
 FAMILIES = {
+    "Cohere2": {**WIDE, "sliding_window": 64, "sliding_window_pattern": 3},  # the last layer rotates nothing
     "Gemma": WIDE,
     "Gemma2": {**WIDE, "attn_logit_softcapping": None, "sliding_window": 64},
     "Gemma3": {**WIDE, "sliding_window": 64},
+    "Glm": {**WIDE, "partial_rotary_factor": 0.5},
+    "GptOss": {**WIDE, "sliding_window": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
     "GPTNeoX": {**SPECIAL, **{name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}},
     "Mistral": {**LLAMA, **SPECIAL, "sliding_window": None},
     "OPT": {**SHAPE, **SPECIAL, "ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
@@ -216,6 +219,7 @@ FAMILIES = {
     "Phi3": {**LLAMA, **SPECIAL},
     "Qwen2": {**LLAMA, **SPECIAL},
     "Qwen3": WIDE,
+    "SmolLM3": {**LLAMA, **SPECIAL, "no_rope_layers": [1, 0, 1]},
 }
 
 
@@ -621,6 +625,13 @@ def test_as_many_memories_may_be_asked_for_as_all_stores_hold(ids):
     torch.testing.assert_close(in_windows(model, ids, WINDOW), full, **EXACT)
 
 
+LATENT = {
+    **{"intermediate_size": 16, "moe_intermediate_size": 8, "n_routed_experts": 2, "num_experts_per_tok": 1},
+    **{"n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8},
+    **{"qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+}
+
+
 def test_models_that_memory_cannot_join_are_refused():
     encoder = transformers.BertModel(
         transformers.BertConfig(
@@ -634,6 +645,12 @@ def test_models_that_memory_cannot_join_are_refused():
     )
     with pytest.raises(perdure.ArgumentError, match="attention that can be replaced"):
         attach(fixed)
+    turned_in_part = transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(**{**SHAPE, **SPECIAL, "num_hidden_layers": 1}, **LATENT)
+    )
+    with pytest.raises(perdure.ArgumentError, match="keys whose rotation can be undone"):
+        attach(turned_in_part)
+    assert turned_in_part.config._attn_implementation == "sdpa"
     with pytest.raises(perdure.ArgumentError, match="a PreTrainedModel"):
         attach(torch.nn.Linear(2, 2))
     other = llama(attn_implementation="flex_attention")

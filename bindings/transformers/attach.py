@@ -135,7 +135,16 @@ def attach(
         distance = max(context // 2, 1) if positions == "clamped" else window
     checks.count("distance", distance)
     beside = sorted(attentions) if recent else chosen
-    rotaries = {i: find_rotary(model, attentions[i]) for i in beside}
+    body = find_body(model, attentions)
+    model.set_attn_implementation(implementation(base))
+    if model.config._attn_implementation != implementation(base):
+        remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."
+        raise ArgumentError("model", "attention that can be replaced", type(model).__name__, remedy)
+    try:
+        rotaries = {i: find_rotary(body, attentions[i]) for i in beside}
+    except ArgumentError:
+        model.set_attn_implementation(base)
+        raise
     learned = not any(rotaries.values())
     near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
     sizes = {i: {"near": near, "far": capacity - near} if i in chosen else {"near": recent, "far": 0} for i in beside}
@@ -151,10 +160,6 @@ def attach(
             "device_capacity": device_capacity,
         },
     }
-    model.set_attn_implementation(implementation(base))
-    if model.config._attn_implementation != implementation(base):
-        remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."
-        raise ArgumentError("model", "attention that can be replaced", type(model).__name__, remedy)
     memory = ModelMemory(
         model,
         tokenizer,
@@ -179,7 +184,7 @@ def attach(
             for name, number in ((GATE, 0.0), (SCALE, 1.0)):
                 start = torch.full((config.num_attention_heads,), number, dtype=like.dtype, device=like.device)
                 attentions[i].register_parameter(name, nn.Parameter(start))
-    memory.restore = (base, [attentions[i] for i in beside], hook(find_body(model, attentions), attentions, memory))
+    memory.restore = (base, [attentions[i] for i in beside], hook(body, attentions, memory))
     setattr(model, ATTACHED, memory)
     return memory
 
