@@ -52,10 +52,12 @@ FULL: dict[str, Any] = {
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "\nThe pass key is {}. Remember it. {} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
-CUE = 2  # digits of a key that the question after one of many gives
-CUED = "\nWhat is the pass key that begins with {0}? The pass key is {0}"
-CUE = 2  # digits of a key that the question after one of many gives
-CUED = "\nWhat is the pass key that begins with {0}? The pass key is {0}"
+OPENING = "<|im_start|>user\n"  # what many keys are hidden in is told and asked as the model's chat template has it,
+ASKED = (
+    "\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is"  # or else it may write on as a novel
+)
+CUE = 2  # digits of a key that a question after one of several gives
+CUED = "\nWhat is the pass key that begins with {0}?<|im_end|>\n<|im_start|>assistant\nThe pass key is {0}"
 
 
 # ---- 1. perplexity --------------------------------------------------------------------------------------------------
@@ -131,8 +133,8 @@ def many_hidden(
     rng = random.Random(f"{seed} {many}")
     keys = [str(1000 * start + rng.randrange(1000)) for start in rng.sample(range(10, 100), many)]
     needles = [token_ids(NEEDLE.format(key, key), tokenizer) for key in keys]
-    around = length - sum(needle.shape[1] for needle in needles)
-    parts, places, taken = [], [], 0
+    parts, places, taken = [token_ids(OPENING, tokenizer)], [], 0
+    around = length - sum(part.shape[1] for part in needles + parts)
     for i, needle in enumerate(needles):
         part = text[:, taken : round((i + 0.5) / many * around)]
         parts, taken = [*parts, part, needle], taken + part.shape[1]
@@ -168,11 +170,14 @@ def alone(memory: Any, keys: list[tuple[str, range]]) -> Iterator[str]:
             yield key
 
 
-def knows(tokenizer: Any, key: str, forward: Callable[[torch.Tensor], torch.Tensor], told: int = 0) -> bool:
-    """Whether every digit of the key but those the question has `told` is the likeliest next token: what greedy
-    generation would write."""
-    texts = (CUED.format(key[:told]), key[told:]) if told else (QUESTION, f" {key}")
-    question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+def cued(key: str) -> tuple[str, str]:
+    """The question for one key of several, and the rest of that key."""
+    return CUED.format(key[:CUE]), key[CUE:]
+
+
+def knows(tokenizer: Any, question: str, answer: str, forward: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether every token of the answer is the likeliest next one: what greedy generation would write."""
+    question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
     logits = forward(torch.tensor([question + answer]))
     return logits[0, len(question) - 1 : -1].argmax(-1).tolist() == answer
 
@@ -190,13 +195,13 @@ def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[d
             try:
                 memory.read_document(ids, progress=False)
                 with memory.frozen():
-                    row["perdure"] = knows(tokenizer, key, lambda q: model(q, use_cache=False).logits)
+                    row["perdure"] = knows(tokenizer, QUESTION, f" {key}", lambda q: model(q, use_cache=False).logits)
             finally:
                 detach(model)
             row["perdure seconds"] = round(time.perf_counter() - start, 1)
             for name, part in (("previous window", ids[:, -WINDOW:]), ("full attention", ids)):
                 if part.shape[1] + 2 * len(QUESTION) <= setting["full to"]:
-                    row[name] = knows(tokenizer, key, functools.partial(_after, model, part))
+                    row[name] = knows(tokenizer, QUESTION, f" {key}", functools.partial(_after, model, part))
             keep(row)
 
 
@@ -222,11 +227,11 @@ def many_pass_keys(
             row = {"length": length, "keys": len(asked), "seconds to read": round(seconds, 1)}
             row["GiB"] = round(memory.nbytes / 2**30, 2)
             start = time.perf_counter()
-            row["by its start"] = sum(knows(tokenizer, key, forward, CUE) for key, _ in asked)
+            row["by its start"] = sum(knows(tokenizer, *cued(key), forward) for key, _ in asked)
             row["seconds a question"] = round((time.perf_counter() - start) / max(len(asked), 1), 2)
             row["alone"], row["depths missed"] = 0, []
             for key in alone(memory, asked):
-                hit = knows(tokenizer, key, forward)
+                hit = knows(tokenizer, ASKED, f" {key}", forward)
                 row["alone"] += hit
                 row["depths missed"] += [] if hit else [round(dict(asked)[key][-1] / length, 3)]
             keep(row)
@@ -239,7 +244,7 @@ def many_pass_keys(
                 cache = DynamicCache(config=model.config)
                 for start in range(first, length, WINDOW):
                     model(ids[:, start : min(start + WINDOW, length)], past_key_values=cache, logits_to_keep=1)
-                hits = sum(knows(tokenizer, key, functools.partial(_continued, model, cache), CUE) for key in asked)
+                hits = sum(knows(tokenizer, *cued(key), functools.partial(_continued, model, cache)) for key in asked)
                 keep({"length": length, "keys": len(asked), f"{name}, by its start": hits})
 
 
