@@ -193,7 +193,7 @@ def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[d
             start = time.perf_counter()
             memory = attach(model, capacity=length, index=setting["index"], **setting["further"])
             try:
-                memory.read_document(ids, progress=False)
+                memory.read_document(ids, progress=False, retrieve=setting["retrieve"])
                 with memory.frozen():
                     row["perdure"] = knows(tokenizer, QUESTION, f" {key}", lambda q: model(q, use_cache=False).logits)
             finally:
@@ -221,7 +221,7 @@ def many_pass_keys(
     try:
         for length in sorted(setting["lengths"]):
             start = time.perf_counter()
-            memory.read_document(ids[:, done:length], progress=False)
+            memory.read_document(ids[:, done:length], progress=False, retrieve=setting["retrieve"])
             seconds, done = seconds + time.perf_counter() - start, length
             asked = [(key, places) for key, places in keys if places[-1] < length]
             row = {"length": length, "keys": len(asked), "seconds to read": round(seconds, 1)}
@@ -354,6 +354,7 @@ def main() -> None:
     parser.add_argument("--index", default="exact")
     parser.add_argument("--further", type=json.loads, default={}, help='more of attach, as JSON: {"recent": 0}')
     parser.add_argument("--keys", type=int, default=0, help="pass keys in one document; 0: one, in a text of its own")
+    parser.add_argument("--no-retrieval", dest="retrieve", action="store_false", help="while pass keys are read")
     parser.add_argument("--no-trace", dest="trace", action="store_false")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "pretrained.json")

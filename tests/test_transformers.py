@@ -27,7 +27,6 @@ from decoders import (
     stored,
 )
 from perdure.bindings.transformers import detach
-from perdure.bindings.transformers.positions import find_rotary
 
 import perdure
 
@@ -263,6 +262,9 @@ ROTARIES = {
             transformers.PhiConfig(**LLAMA, pad_token_id=0, bos_token_id=1, eos_token_id=2)
         )
     ),
+    "halves": lambda: seeded(
+        lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**FAMILIES["GptOss"]))
+    ),  # each number of its cos and sin is that of two dimensions
 }
 
 
@@ -277,19 +279,23 @@ def test_every_kind_of_rotation_remembers_in_full(name, positions, ids):
 
 @pytest.mark.parametrize("name", ROTARIES)
 def test_keys_turn_as_the_model_itself_would_have_turned_them(name):
-    model = ROTARIES[name]()
-    attention = next(m for m in model.modules() if getattr(m, "layer_idx", None) == 1 and hasattr(m, "is_causal"))
-    rotary = find_rotary(model, attention)
+    rotary = attach(ROTARIES[name]()).layers[1].rotary
     vectors = torch.randn(2, 4, 5, 8)
     old, new = (rotary.angles(torch.tensor([p]), vectors) for p in ([3, 50, 9, 0, 99], [0, 7, 7, 31, 64]))
-    width = old[0].shape[-1]
+    width = rotary.times * old[0].shape[-1]
     assert (width < 8) == (name == "partial")
+    assert (rotary.times == 2) == (name == "halves")
 
     def rotated(angles):
         turned = rotary.apply(vectors[..., :width], vectors[..., :width], *angles)[1]
         return torch.cat([turned, vectors[..., width:]], dim=-1)
 
     torch.testing.assert_close(rotary.turn(rotated(old), old, new), rotated(new))
+
+
+def test_layers_that_turn_nothing_are_left_as_they_are():
+    model = transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**FAMILIES["SmolLM3"]))
+    assert [layer.rotary is None for layer in attach(model).layers.values()] == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ROTARIES)
@@ -605,6 +611,7 @@ WRONG = {
     "window": (0,),
     "sinks": (-1,),
     "index": ("fast",),
+    "target_recall": (0, 1.5),
 }
 
 

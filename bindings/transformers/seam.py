@@ -123,7 +123,9 @@ def join(
     for memory in memories:
         before = 0 if memory is seam.layer or seam.layer.empty else seam.layer.written  # a cache follows what was read
         asked = query if factor is None else query * factor.abs().to(query.dtype)[:, None, None]
-        for name, reading in memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, keep).items():
+        wanted = keep if seam.memory.retrieving else None
+        readings = memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, wanted)
+        for name, reading in readings.items():
             (found if name in ("near", "far") else beside).append(reading)
     trace = seam.memory.trace
     if bias is None or not found:
