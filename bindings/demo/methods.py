@@ -12,9 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from ..transformers import Trace, attach, detach
-from ..transformers.attach import find_attentions
 from ..transformers.document import read_in_windows
-from ..transformers.positions import find_rotary
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,10 @@ def with_cache(
     kept, that of StreamingLLM (Xiao et al., arXiv 2309.17453, section 3.2), whose positions never grow.
     """
     cache = DynamicCache(config=model.config)
-    attentions = find_attentions(model) if anew else {}
-    rotaries = {i: find_rotary(model, attention) for i, attention in attentions.items()}
+    rotaries = {}
+    if anew:
+        rotaries = {i: layer.rotary for i, layer in attach(model).layers.items()}
+        detach(model)
 
     def forward(part: torch.Tensor, start: int) -> torch.Tensor:
         first = cache.get_seq_length() if anew else start
@@ -80,11 +80,10 @@ def with_cache(
         left = first + part.shape[1] - keep - sinks if keep is not None else 0
         if left > 0:
             for i, layer in enumerate(cache.layers):
-                newest = layer.keys[:, :, -keep:]
-                if rotaries.get(i) is not None:
+                newest, rotary = layer.keys[:, :, -keep:], rotaries.get(i)
+                if rotary is not None:
                     stand = positions[:, -1:] - torch.arange(keep - 1, -1, -1)
-                    old, new = (rotaries[i].angles(where, newest) for where in (stand, stand - left))
-                    newest = rotaries[i].turn(newest, old, new)
+                    newest = rotary.turn(newest, *(rotary.angles(where, newest) for where in (stand, stand - left)))
                 layer.keys = torch.cat([layer.keys[:, :, :sinks], newest], dim=2)
                 layer.values = torch.cat([layer.values[:, :, :sinks], layer.values[:, :, -keep:]], dim=2)
         return logits
