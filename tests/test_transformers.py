@@ -720,6 +720,25 @@ def test_recent_memory_of_the_window_before_is_transformer_xl_with_first_tokens(
     torch.testing.assert_close(given[:, 24:], logits(model, ids, attention_mask=mask)[:, 24:], **EXACT)
 
 
+def test_reading_without_retrieval_sees_what_is_recent_and_remembers_all(ids):
+    model = llama()
+    attach(model, capacity=12, recent=12, k=1, sinks=2, window=WINDOW)
+    expected = model.perdure_memory.read_document(ids, progress=False, score=True)
+    detach(model)
+    memory = attach(model, recent=12, sinks=2, window=WINDOW, distance=20)
+    losses = memory.read_document(ids, progress=False, score=True, retrieve=False)
+    torch.testing.assert_close(losses, expected, equal_nan=True, **EXACT)
+    assert memory.tokens.tolist() == [40, 40]
+    detach(model)
+    shallow, answers = llama(num_hidden_layers=1), []  # whose keys do not depend on what was retrieved
+    for retrieve in (False, True):
+        memory = attach(shallow, k=4, recent=6, window=WINDOW, distance=20)
+        memory.read_document(ids[:, :30], progress=False, retrieve=retrieve)
+        answers.append(logits(shallow, ids[:, 30:]))
+        detach(shallow)
+    assert torch.equal(*answers)
+
+
 def test_layers_without_memory_read_what_is_recent(ids):
     model = llama()
     memory = attach(model, layers=[1], recent=6, sinks=2, k=64)

@@ -107,10 +107,9 @@ class LayerMemory:
         `query` reads the recent ones, and `asked`, which may be scaled otherwise, all others.
 
         A reading for each store; `neighbours` tell positions in everything the row has read, but for the first tokens,
-        which every query reads; of the recent ones, the `keep` nearest; with None nothing is retrieved, and only
-        what is read whole is read. There may be several times as many rows as are
-        remembered: each row of memory then serves that many, which follow one another. `before`, one number or (rows,),
-        is added to their positions.
+        which every query reads; of the recent ones, the `keep` nearest. Where that is None nothing is retrieved: only
+        what is read whole is read. There may be several times as many rows as are remembered: each row of memory then
+        serves that many, which follow one another. `before`, one number or (rows,), is added to their positions.
         """
         seen = self._seen(query, asked, angles, positions)
         whole = [name for name in WHOLE if name in seen]
