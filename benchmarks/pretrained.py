@@ -7,7 +7,7 @@
    previous window, the same with the document's first tokens, the same with positions counted anew (StreamingLLM), and
    full attention as far as it goes.
 2. passkey: a number hidden in a long text and asked for at its end, by length and depth. With --keys=N, N of them in
-   the document, asked for after each of --lengths of one reading: one by one, the memories of the others overwritten,
+   one text, asked for after each of --lengths of one reading: one by one, the memories of the others overwritten,
    and by its first two digits, with all of them there.
 3. definitions: the loss at uses of identifiers whose last mention is so far back that only memory reaches it, and how
    often what was retrieved there is one of those mentions. It takes its losses from the runs of 1.
@@ -52,12 +52,8 @@ FULL: dict[str, Any] = {
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "\nThe pass key is {}. Remember it. {} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
-OPENING = "<|im_start|>user\n"  # what many keys are hidden in is told and asked as the model's chat template has it,
-ASKED = (
-    "\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is"  # or else it may write on as a novel
-)
 CUE = 2  # digits of a key that a question after one of several gives
-CUED = "\nWhat is the pass key that begins with {0}?<|im_end|>\n<|im_start|>assistant\nThe pass key is {0}"
+CUED = "\nWhat is the pass key that begins with {0}? The pass key is {0}"
 
 
 # ---- 1. perplexity --------------------------------------------------------------------------------------------------
@@ -125,22 +121,22 @@ def hidden(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[torch.
     return torch.tensor([filler * before + needle + filler * (sentences - before)]), key
 
 
-def many_hidden(
-    tokenizer: Any, text: torch.Tensor, length: int, many: int, seed: int
-) -> tuple[torch.Tensor, list[tuple[str, range]]]:
-    """`length` tokens of `text` (1, n) with `many` keys hidden evenly in it, no two of which begin alike; and the keys,
+def many_hidden(tokenizer: Any, length: int, many: int, seed: int) -> tuple[torch.Tensor, list[tuple[str, range]]]:
+    """About `length` tokens of filler with `many` keys hidden evenly in it, no two of which begin alike; and the keys,
     each with the tokens that tell it."""
     rng = random.Random(f"{seed} {many}")
     keys = [str(1000 * start + rng.randrange(1000)) for start in rng.sample(range(10, 100), many)]
-    needles = [token_ids(NEEDLE.format(key, key), tokenizer) for key in keys]
-    parts, places, taken = [token_ids(OPENING, tokenizer)], [], 0
-    around = length - sum(part.shape[1] for part in needles + parts)
+    filler = tokenizer(FILLER, add_special_tokens=False)["input_ids"]
+    needles = [tokenizer(NEEDLE.format(key, key), add_special_tokens=False)["input_ids"] for key in keys]
+    sentences = (length - sum(map(len, needles))) // len(filler)
+    ids: list[int] = []
+    places = []
     for i, needle in enumerate(needles):
-        part = text[:, taken : round((i + 0.5) / many * around)]
-        parts, taken = [*parts, part, needle], taken + part.shape[1]
-        end = sum(part.shape[1] for part in parts)
-        places.append(range(end - needle.shape[1], end))
-    return torch.cat([*parts, text[:, taken:around]], dim=1), list(zip(keys, places, strict=True))
+        between = round((i + 0.5) / many * sentences) - round((i - 0.5) / many * sentences) * (i > 0)
+        ids += filler * between + needle
+        places.append(range(len(ids) - len(needle), len(ids)))
+    ids += filler * (sentences - round((many - 0.5) / many * sentences))
+    return torch.tensor([ids]), list(zip(keys, places, strict=True))
 
 
 def alone(memory: Any, keys: list[tuple[str, range]]) -> Iterator[str]:
@@ -206,12 +202,10 @@ def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[d
 
 
 @torch.inference_mode()
-def many_pass_keys(
-    pretrained: Pretrained, text: torch.Tensor, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]
-) -> None:
+def many_pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
     """One reading of the longest length; after each length, every key read by then is asked for."""
     model, tokenizer, seconds, done = pretrained.model, pretrained.tokenizer, 0.0, 0
-    ids, keys = many_hidden(tokenizer, text, max(setting["lengths"]), setting["keys"], setting["seed"])
+    ids, keys = many_hidden(tokenizer, max(setting["lengths"]), setting["keys"], setting["seed"])
     memory = attach(model, capacity=ids.shape[1], index=setting["index"], **setting["further"])
 
     def forward(question: torch.Tensor) -> torch.Tensor:
@@ -224,14 +218,14 @@ def many_pass_keys(
             memory.read_document(ids[:, done:length], progress=False, retrieve=setting["retrieve"])
             seconds, done = seconds + time.perf_counter() - start, length
             asked = [(key, places) for key, places in keys if places[-1] < length]
-            row = {"length": length, "keys": len(asked), "seconds to read": round(seconds, 1)}
+            row = {"length": min(length, ids.shape[1]), "keys": len(asked), "seconds to read": round(seconds, 1)}
             row["GiB"] = round(memory.nbytes / 2**30, 2)
             start = time.perf_counter()
             row["by its start"] = sum(knows(tokenizer, *cued(key), forward) for key, _ in asked)
             row["seconds a question"] = round((time.perf_counter() - start) / max(len(asked), 1), 2)
             row["alone"], row["depths missed"] = 0, []
             for key in alone(memory, asked):
-                hit = knows(tokenizer, ASKED, f" {key}", forward)
+                hit = knows(tokenizer, QUESTION, f" {key}", forward)
                 row["alone"] += hit
                 row["depths missed"] += [] if hit else [round(dict(asked)[key][-1] / length, 3)]
             keep(row)
@@ -353,7 +347,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=lambda text, kind=kind: [kind(part) for part in text.split(",") if part])
     parser.add_argument("--index", default="exact")
     parser.add_argument("--further", type=json.loads, default={}, help='more of attach, as JSON: {"recent": 0}')
-    parser.add_argument("--keys", type=int, default=0, help="pass keys in one document; 0: one, in a text of its own")
+    parser.add_argument("--keys", type=int, default=0, help="pass keys in one text; 0: a text for each")
     parser.add_argument("--no-retrieval", dest="retrieve", action="store_false", help="while pass keys are read")
     parser.add_argument("--no-trace", dest="trace", action="store_false")
     parser.add_argument("--seed", type=int, default=0)
@@ -395,9 +389,7 @@ def main() -> None:
             note("definitions", at_uses(result, uses))
 
     if "passkey" in chosen and setting["keys"]:
-        longest = max(setting["lengths"])
-        text_ids = token_ids(text[: 8 * longest], pretrained.tokenizer)
-        many_pass_keys(pretrained, text_ids, setting, functools.partial(note, "many pass keys"))
+        many_pass_keys(pretrained, setting, functools.partial(note, "many pass keys"))
     elif "passkey" in chosen:
         pass_keys(pretrained, setting, functools.partial(note, "passkey"))
     if "perplexity" in chosen:
