@@ -15,9 +15,9 @@ from .protocol import Ring
 class ExactIndex:
     """The formula `retrieve` over a row's keys, or what the backend that computes keeps of them for exact search.
 
-    With Numba that is the keys once more in another order, or, for rows of 32,768 tokens and more, codes of 8 bits
+    With Numba that is the keys once more in another order, or, once a row has room for 32,768 tokens, codes of 8 bits
     (bytes: dim + 12 a key and head; float32 keys, "ip" and "cosine", where the CPU multiplies bytes). A key is taken in
-    once, at the first search after its write, in O(heads dim).
+    at the first search after its write, in O(heads dim), and once more when codes take over.
     """
 
     def __init__(self, heads: int, dim: int, space: str, dtype: np.dtype):
