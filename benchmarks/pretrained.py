@@ -223,12 +223,10 @@ def many_pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callab
             start = time.perf_counter()
             row["by its start"] = sum(knows(tokenizer, *cued(key), forward) for key, _ in asked)
             row["seconds a question"] = round((time.perf_counter() - start) / max(len(asked), 1), 2)
-            row["alone"], row["depths missed"] = 0, []
-            for key in alone(memory, asked):
-                hit = knows(tokenizer, QUESTION, f" {key}", forward)
-                row["alone"] += hit
-                row["depths missed"] += [] if hit else [round(dict(asked)[key][-1] / length, 3)]
             keep(row)
+            for key in alone(memory, asked):
+                depth = round(dict(asked)[key][-1] / row["length"], 3)
+                keep({"length": row["length"], "depth": depth, "alone": knows(tokenizer, QUESTION, f" {key}", forward)})
     finally:
         detach(model)
     for length in setting["lengths"]:
