@@ -101,14 +101,14 @@ def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: Any = Non
     `where` (..., M), ascending: positions of the old signal to keep; None for the uniform ones, all alike.
     """
     operator, M = scheme.later(contraction, x.shape[-2]), scheme.samples
+    n, e = B.shape[-2:]
+    # fewer products than through a C of these positions, and no sum of two results
+    if where is not None and (_narrow(scheme.basis) or n * (M + e) > 2 * M * e):
+        return apply(operator.key, operator.matrix, _then(scheme.basis, B, where, x))
     new = apply((operator.key, "new", M), operator.matrix[:, M:], x)
     if where is None:
         return apply((operator.key, M, "recurrence"), scheme.recurrence(operator), B, new)
-    key, old, basis = (operator.key, "old", M), operator.matrix[:, :M], scheme.basis
-    n, e = B.shape[-2:]
-    if _narrow(basis) or n * (M + e) > 2 * M * e:  # fewer products than through a C of these positions
-        return apply(key, old, evaluate(basis, B, where), new)
-    return apply(key, old, basis(_beside(where, B))) @ B + new
+    return apply((operator.key, "old", M), operator.matrix[:, :M], scheme.basis(_beside(where, B))) @ B + new
 
 
 def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: np.ndarray, counts: np.ndarray) -> Any:
@@ -132,29 +132,32 @@ def evaluate(basis: Basis, B: Any, where: Any) -> Any:
 
     On the CPU only the functions near each run of positions are made and multiplied.
     """
+    return _then(basis, B, where, B[..., :0, :])
+
+
+def _then(basis: Basis, B: Any, where: Any, x: Any) -> Any:
+    """The signal at `where`, followed by x (..., L, e), in one array (..., T + L, e)."""
     if not isinstance(where, np.ndarray) or not _narrow(basis) or not on_cpu(B):
-        return basis(_beside(where, B)) @ B
-    itemsize = 4 if "32" in str(B.dtype) else 8
-    centers, widths = basis.beside(B)
-    at, runs = like_of(where, B), range(0, where.shape[-1], AT_ONCE)
-    out = np.empty((*where.shape, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
+        return namespace(B).concat([basis(_beside(where, B)) @ B, x], axis=-2)
+    T, itemsize, (centers, widths) = where.shape[-1], 4 if "32" in str(B.dtype) else 8, basis.beside(B)
+    at, runs = like_of(where, B), [slice(i, min(i + AT_ONCE, T)) for i in range(0, T, AT_ONCE)]
+    out = np.empty((*where.shape[:-1], T + x.shape[-2], B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
     rows = []
     for row in np.ndindex(*where.shape[:-1]):
-        parts = []
-        for first in runs:
-            some = slice(first, first + AT_ONCE)
+        for some in runs:
             t = where[row][some]
             near = basis.felt(t[0], t[-1], itemsize)
             psi = gaussians(at[row][some], centers[near], widths[near])
             if out is None:
-                parts.append(psi @ B[row][near, ...])
+                rows.append(psi @ B[row][near, ...])
             else:
                 np.matmul(psi, B[row][near], out=out[row][some])
-        rows.append(parts)
+        rows.append(x[row])
     if out is not None:
+        out[..., T:, :] = x
         return out
     xp = namespace(B)
-    return xp.reshape(xp.concat([part for parts in rows for part in parts], axis=0), (*where.shape, B.shape[-1]))
+    return xp.reshape(xp.concat(rows, axis=0), (*where.shape[:-1], T + x.shape[-2], B.shape[-1]))
 
 
 def _beside(where: Any, B: Any) -> Any:

@@ -11,7 +11,8 @@ from .coded import exact_keys as exact_keys
 from .coded import rescore as rescore
 from .coded_lists import make_lists as make_lists
 from .lists import search_all as search_lists  # noqa: F401
+from .positions import systematic
 from .retrieval import retrieve
 from .unit import unit
 
-__all__ = ["attention", "expected_basis", "gaussians", "histogram", "retrieve", "unit"]
+__all__ = ["attention", "expected_basis", "gaussians", "histogram", "retrieve", "systematic", "unit"]
