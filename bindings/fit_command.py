@@ -83,9 +83,7 @@ def summary(signal: Signal, x: np.ndarray, seconds: float) -> str:
 
 def stream(x: np.ndarray, n: int, ridge: float, contraction: float, segment: int) -> ContinuousMemory:
     """A memory that has read x segment by segment, with a bar on a terminal."""
-    memory = ContinuousMemory(
-        1, x.shape[1], n, contraction, ridge, sticky=False, samples=max(n, 512), segment=segment, dtype="float64"
-    )
+    memory = ContinuousMemory(1, x.shape[1], n, contraction, ridge, sticky=False, segment=segment, dtype="float64")
     for first in range(0, len(x), segment):
         memory.write(x[None, first : first + segment])
         if sys.stderr.isatty():

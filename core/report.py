@@ -86,7 +86,7 @@ def smallest_scheme(
     shares = [1 - part / (age + 1) for part in AROUND if part < age + 1]
     n = 2 ** max(5, math.floor(math.log2(features / max(tau**age * (1 - tau) for tau in shares))) - 1)
     while n <= most:
-        scheme = Scheme(gaussian_basis(n), ridge, max(n, 512))
+        scheme = Scheme(gaussian_basis(n), ridge, 512)
         found = {tau: predicted_error(scheme, length, tau, min(features, length), age) for tau in shares}
         contraction = min(found, key=found.__getitem__)
         best = min(best, found[contraction])
@@ -114,10 +114,10 @@ def predicted_errors(scheme: Scheme, length: int, contraction: float, features: 
     of the segment, of equal power: a signal of that many independent features.
     """
     operator = scheme.later(contraction, length)
-    C = scheme.recurrence(operator)  # (N, N)
+    C = scheme.recurrence(contraction, length)  # (N, N)
     positions = scheme.new_positions(contraction, length)
     X = np.cos(np.pi * centred(length)[:, None] * np.arange(features))  # (L, features)
-    B = operator.matrix[:, scheme.samples :] @ X
+    B = operator.matrix[:, scheme.looks(contraction) :] @ X
     errors = np.empty(ages)
     for k in range(ages):
         errors[k] = np.linalg.norm(scheme.basis(positions) @ B - X) / np.linalg.norm(X)

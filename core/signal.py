@@ -93,7 +93,7 @@ class Signal:
         contraction : float
             tau, strictly between 0 and 1.
         samples : int
-            M: at how many positions the old signal is looked at.
+            M: at how many positions at least the old signal is looked at; narrow functions ask for more.
         where : array (..., D), optional
             Attention over D equal bins of [0, 1]: the old signal is looked at where its mass lies (sticky memory), and
             uniformly in rows without mass. Leading axes broadcast to the signal's.
@@ -125,8 +125,9 @@ class Signal:
         checks.measurable(x_new=x_new)
         checks.generator("rng", rng)
         x_new = cast(x_new, B.dtype)
-        at = None if where is None else resample(self._histogram(where), M, rng)
-        made = updated(Scheme(self.basis, self.ridge, M, self.original), B, x_new, tau, at)
+        scheme = Scheme(self.basis, self.ridge, M, self.original)
+        at = None if where is None else resample(self._histogram(where), scheme.looks(tau), rng)
+        made = updated(scheme, B, x_new, tau, at)
         return replace(self, coefficients=made, segment=x_new.shape[-2])
 
     def _histogram(self, where: Any) -> np.ndarray:

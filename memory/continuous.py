@@ -51,7 +51,7 @@ class ContinuousMemory(Foresight, Savable):
     sticky : bool
         Whether writes keep more of the old signal where attention fell.
     samples : int
-        M: at how many positions a write looks at the old signal.
+        M: at how many positions a write looks at the old signal; more of them where narrow functions need it.
     segment : int, optional
         Tokens for which `contraction` holds: a write of n contracts by contraction^(n/segment), so that time passes
         by the token, however many come at once. None: every write contracts alike, as in the paper.
@@ -84,7 +84,8 @@ class ContinuousMemory(Foresight, Savable):
     bounded cache.
     Source: Martins et al., "∞-former: Infinite Memory Transformer" (ACL 2022, arXiv 2109.00301), section 3. Differs
     from the paper in that samples stand at midpoints, no zeros are fitted outside [0, 1], the penalty is relative, the
-    density is cut to [0, 1], and sticky positions are drawn systematically inside the bins.
+    density is cut to [0, 1], sticky positions are drawn systematically inside the bins, and samples too sparse for the
+    functions are made up for, so that no stream makes the signal grow.
 
     Examples
     --------

@@ -121,9 +121,9 @@ class Signals:
             made = updated_in_bins(scheme, B, x, contraction, original.left_edges(), counts)
             return made, np.sort(draws, axis=1) / original.BINS
         if histogram is None:
-            evenly = np.broadcast_to(scheme.old_positions(), (x.shape[0], scheme.samples))
+            evenly = scheme.old_positions(contraction)[None].repeat(x.shape[0], axis=0)
             return updated(scheme, B, x, contraction), evenly
-        where = resample(histogram, scheme.samples, self.rng)
+        where = resample(histogram, scheme.looks(contraction), self.rng)
         made = updated(scheme, B, x, contraction, where)
         return made, where if isinstance(where, np.ndarray) else send(where)  # the timeline can wait for it
 

@@ -101,8 +101,8 @@ def test_a_narrow_basis_is_solved_as_if_it_were_not(rng, widths, spans):
     assert np.abs(made.matrix - wanted).max() < 1e-9 * np.abs(wanted).max()
     scheme = Scheme(basis, 1e-3, 200)
     operator = scheme.later(0.5, 100)
-    C = operator.matrix[:, :200] @ basis(scheme.old_positions())
-    assert np.abs(scheme.recurrence(operator) - C).max() < 1e-13 * np.abs(C).max()
+    C = operator.matrix[:, : scheme.looks(0.5)] @ basis(scheme.old_positions(0.5))
+    assert np.abs(scheme.recurrence(0.5, 100) - C).max() < 1e-13 * np.abs(C).max()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

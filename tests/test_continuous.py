@@ -1,5 +1,6 @@
 """ContinuousMemory: rows, ragged writes, stickiness, saving, and numbers that stay right for ten thousand writes."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import array_api_strict
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from perdure.core import original
-from perdure.core.consolidation import Scheme, updated, updated_in_bins
+from perdure.core.consolidation import Scheme, fitted, updated, updated_in_bins
+from perdure.core.positions import after_contraction, centred
+from perdure.core.ridge import fit_operator
 from perdure.memory.protocol import Memory
 from perdure.memory.state import pack, unpack
 
@@ -216,7 +219,7 @@ def test_windows_leave_out_nothing_that_matters(rng, widths, width):
     scheme = Scheme(basis, 1e-3, 300)
     where = np.sort(rng.random(300))
     operator = scheme.later(0.5, 200)
-    for at, samples in ((None, basis(scheme.old_positions())), (where, basis(where))):
+    for at, samples in ((None, basis(scheme.old_positions(0.5))), (where, basis(where))):
         wanted = operator.matrix @ np.concatenate([samples @ B, x])
         for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
             for convert in (np.asarray, torch.from_numpy):
@@ -395,3 +398,44 @@ def test_an_altered_configuration_is_refused(name):
     config, arrays = unpack("ContinuousMemory", mem.state_dict())
     with pytest.raises(perdure.ArgumentError):
         perdure.ContinuousMemory.from_state_dict(pack("ContinuousMemory", {**config, name: {"altered": [1]}}, arrays))
+
+
+@pytest.mark.parametrize("kind", ["scaled", "published", "rectangular"])
+def test_no_stream_of_any_lengths_makes_the_signal_grow(rng, kind):
+    bases = {
+        "scaled": perdure.gaussian_basis(64),
+        "published": perdure.gaussian_basis(64, [0.012, 0.02]),
+        "rectangular": perdure.rectangular_basis(48),
+    }
+    for samples, segment, contraction in ((64, 512, 0.75), (4, 64, 0.4), (512, 8, 0.9), (512, None, 0.99)):
+        memory = perdure.ContinuousMemory(1, 1, bases[kind], contraction, samples=samples, segment=segment, seed=1)
+        for length in rng.choice([1, 2, 3, 8, 40], size=150):
+            looked = None if rng.random() < 0.5 else rng.random((1, 128)) ** 4
+            memory.write(np.sign(rng.standard_normal((1, int(length), 1))), looked)
+            assert np.abs(memory.signal(np.linspace(0, 1, 257))).max() < 6
+        C = memory.scheme.recurrence(0.99, 1)
+        assert np.abs(np.linalg.eigvals(C)).max() < 1
+
+
+@pytest.mark.parametrize("length", [1, 3, 16, 64, 600])
+def test_few_tokens_fill_the_room_that_they_are_given(length):
+    memory = perdure.ContinuousMemory(1, 1, 512)
+    for _ in range(4):
+        memory.write(np.ones((1, length, 1)))
+        assert np.abs(memory.signal(np.linspace(0.02, 0.98, 99)) - 1).max() < 0.1
+        assert abs(memory.read(np.array([[0.5]]), 0.05).output - 1).max() < 0.01
+
+
+def test_a_write_of_enough_tokens_is_the_plain_fit(rng):
+    basis, tau = perdure.gaussian_basis(64), 0.5
+    scheme = Scheme(basis, 1e-3, 64)
+    plain = fit_operator(basis, np.concatenate(after_contraction(tau, 64, 64)), 1e-3)
+    assert scheme.looks(tau) == 64
+    assert scheme.later(tau, 64) is plain
+    assert scheme.first(64) is fit_operator(basis, centred(64), 1e-3)
+
+
+def test_what_one_token_stands_for_is_what_so_many_copies_of_it_would_be(rng):
+    scheme, x = Scheme(perdure.gaussian_basis(40), 1e-3, 40), rng.standard_normal((4, 2))
+    copies = math.ceil(1 / 4 / scheme.basis.widths[0])
+    assert np.abs(fitted(scheme, x) - fitted(scheme, np.repeat(x, copies, axis=0))).max() < 1e-12

@@ -186,7 +186,10 @@ class CompressiveAttention(TransformerXLAttention):
     ) -> torch.Tensor:
         """Mean square of what the queries see in `made` less what they see in `gone`; gradients reach `made` alone."""
         queries = queries.detach().to(gone.dtype)
-        projections = [(p.weight.detach(), None if p.bias is None else p.bias.detach()) for p in (self.key, self.value)]
+        projections = [
+            tuple(None if a is None else a.detach().to(gone.dtype) for a in (p.weight, p.bias))
+            for p in (self.key, self.value)
+        ]
 
         def seen(states: torch.Tensor) -> torch.Tensor:
             keys, values = (self._heads(nn.functional.linear(states, *p)) for p in projections)
