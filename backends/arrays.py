@@ -146,7 +146,8 @@ def name_of(dtype: Any) -> str:
 def computing_dtype(*arrays: Any) -> Any:
     """The dtype floating `arrays` of one framework are computed in together: the widest of theirs, at least float32."""
     xp = namespace(arrays[0])
-    return functools.reduce(xp.promote_types if xp is np else xp.result_type, (a.dtype for a in arrays), xp.float32)
+    promote = getattr(xp, "promote_types", xp.result_type)  # the one that torch.compile can trace, where there is one
+    return functools.reduce(promote, (a.dtype for a in arrays), xp.float32)
 
 
 def narrow(array: Any, dtype: Any) -> Any:

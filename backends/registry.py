@@ -52,7 +52,8 @@ class Kernel:
         home = common_framework(**arrays)
         floats = [a for a in arrays.values() if is_floating(a)]
         given, computing = floats[0].dtype, computing_dtype(*floats)
-        args = tuple(cast(a, computing) if framework(a) is not None and is_floating(a) else a for a in args)
+        if any(a.dtype != computing for a in floats):
+            args = tuple(cast(a, computing) if framework(a) is not None and is_floating(a) else a for a in args)
         result = self._compute(home, args)
         if not isinstance(result, tuple):
             return self._narrow(result, given)
@@ -81,7 +82,7 @@ class Kernel:
 
     @staticmethod
     def _narrow(result: Any, dtype: Any) -> Any:
-        return narrow(result, dtype) if is_floating(result) else result
+        return narrow(result, dtype) if is_floating(result) and result.dtype != dtype else result
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"

@@ -54,7 +54,7 @@ class Published:
         )
         self.G = torch.from_numpy(scheme.first(length).matrix.T.astype(np.float32))  # (L, N)
         self.G_inf = torch.from_numpy(scheme.later(TAU, length).matrix.T.astype(np.float32))  # (M + L, N)
-        self.even = self.psi(torch.from_numpy(scheme.old_positions().astype(np.float32)))  # (M, N)
+        self.even = self.psi(torch.from_numpy(scheme.old_positions(TAU).astype(np.float32)))  # (M, N)
         self.edges = torch.linspace(0, 1, BINS + 1)
 
     def psi(self, t: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ class Published:
         normal = torch.distributions.Normal(mean.reshape(-1, 1), variance.reshape(-1, 1).sqrt(), validate_args=False)
         cdf = normal.cdf(self.edges)  # (heads q, D + 1)
         p = (cdf[:, 1:] - cdf[:, :-1]).sum(0)
-        drawn = torch.multinomial(p / p.sum(), SAMPLES, replacement=True)
+        drawn = torch.multinomial(p / p.sum(), self.even.shape[0], replacement=True)
         t = self.edges[drawn].sort().values
         return self.G_inf.T @ torch.cat([self.psi(t) @ B, x])
 
@@ -89,7 +89,7 @@ class Published:
 
 def ours_sticky(scheme: Scheme, B: Any, x: Any, mean: Any, variance: Any, rng: np.random.Generator) -> Any:
     mass = density.attention_mass(mean, variance, np.arange(BINS + 1) / BINS, "gaussian")
-    return updated(scheme, B, x, TAU, resample(mass, SAMPLES, rng))
+    return updated(scheme, B, x, TAU, resample(mass, scheme.looks(TAU), rng))
 
 
 def ours_attend(scheme: Scheme, B: Any, q: Any, w: dict[str, Any], focus: float, xp: Any) -> Any:
@@ -163,7 +163,7 @@ def measure(n: int, length: int, widths: str, rounds: int) -> dict[str, Any]:
         {"first": partial(_first_update, scheme, B, x), "next": partial(updated, scheme, B, x, TAU)}, rounds
     )
     construction = spent["first"] - spent["next"]
-    again = once(lambda: scheme.recurrence(scheme.later(TAU, length)))
+    again = once(lambda: scheme.recurrence(TAU, length))
     w = {name: rng.standard_normal((HEADS * DIM, E), np.float32) / math.sqrt(E) for name in ("W_K", "W_V")}
     w["W_O"] = rng.standard_normal((E, HEADS * DIM), np.float32) / math.sqrt(HEADS * DIM)
     w |= {name: rng.standard_normal(n, np.float32) / math.sqrt(n) for name in ("w_mean", "w_variance")}
@@ -199,7 +199,7 @@ def measure(n: int, length: int, widths: str, rounds: int) -> dict[str, Any]:
     }
     errors = {name: _error(operations[name]["numpy"](), operations[name]["published"]().numpy()) for name in FOCUS}
     exact = scheme.later(TAU, length).matrix
-    with_samples = np.concatenate([scheme.basis(scheme.old_positions()) @ B[0].astype(float), x[0].astype(float)])
+    with_samples = np.concatenate([scheme.basis(scheme.old_positions(TAU)) @ B[0].astype(float), x[0].astype(float)])
     errors["update"] = _error(updated(scheme, B, x, TAU)[0], exact @ with_samples)
     errors["fit"] = _error(fitted(scheme, x)[0], scheme.first(length).matrix @ x[0].astype(float))
     flat = {(o, m): run for o, methods in operations.items() for m, run in methods.items()}

@@ -1,16 +1,23 @@
 """Perplexity by size of memory: language models trained without memory, trained with it, and fine-tuned to it.
 
-After Memorizing Transformers (Wu et al. 2022, table 4 and section 4.4): four layers of which the third has the memory.
-Three models start from the same parameters and read the same documents, segment by segment: one sees its segment
-alone, one a Transformer-XL window besides, one also a memory. A fourth is the second, fine-tuned with memory for a part
-of the steps. Those with memory are then tested with memories of several sizes on documents that none has seen.
+After Memorizing Transformers (Wu et al. 2022, table 4 and section 4.4), with one layer that has the memory. Three
+models start from the same parameters and read the same documents, segment by segment: one sees its segment alone, one a
+Transformer-XL window besides, one also a memory. A fourth is the second, fine-tuned with memory for a part of the
+steps. Those with memory are then tested with memories of several sizes on documents that none has seen.
+
+To use a memory, a model must find what followed a context like the present one. Large models learn that late in
+training, small ones in a benchmark of minutes not at all, so all models are given it to begin with, those without
+memory for their windows: the keys of the layer with memory are made of the token before, and its projections of queries
+and keys start equal. A token then matches those that followed tokens like it. `--keys=own --start=apart` takes both
+away again; results/learning.md tells what each does.
 
 The tokenizer is made on the spot: bytes, and the commonest words and runs of blanks. The corpus is the Python standard
 library unless --corpus names a folder (books, sources, proofs), of which every file of at least --least bytes is a
 document.
 
     nox -s bench -- language                                            # quick: one core, minutes
-    nox -s bench -- language --full --corpus=hol-light --suffix=.ml     # the paper's sizes
+    nox -s bench -- language --name=hol-light --corpus=/usr/share/hol-light/Multivariate --suffix=.ml --without=database
+    nox -s bench -- language --full --device=cuda                       # the paper's sizes
 """
 
 from __future__ import annotations
@@ -29,24 +36,31 @@ from typing import Any
 
 import torch
 from perdure.bindings.torch import MemorizingAttention, MemoryTransformer, TransformerXLAttention
+from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = {
-    "vocabulary": 1024, "dim": 96, "heads": 4, "segment": 128, "rows": 8, "steps": 300, "tune": 50, "rate": 3e-3,
-    "capacity": 4096, "test": 16_384, "documents": 3, "memories": [0, 512, 1536, 4096, 16_384],
+    "vocabulary": 1024, "dim": 128, "heads": 4, "layers": 3, "with memory": 1, "segment": 128, "rows": 8,
+    "steps": 300, "tune": 50, "rate": 3e-3, "tuning rate": 1e-3,
+    "capacity": 4096, "test": 32_768, "documents": 3, "memories": [0, 512, 1536, 8192, 32_768],
 }  # fmt: skip
 FULL = {
-    "vocabulary": 8192, "dim": 512, "heads": 8, "segment": 512, "rows": 8, "steps": 50_000, "tune": 2_000, "rate": 3e-4,
+    "vocabulary": 8192, "dim": 512, "heads": 8, "layers": 8, "with memory": 5, "segment": 512, "rows": 8,
+    "steps": 50_000, "tune": 2_000, "rate": 3e-4, "tuning rate": 1e-4,
     "capacity": 8192, "test": 131_072, "documents": 8, "memories": [0, 1536, 8192, 32_768, 65_536],
 }  # fmt: skip
 PIECE = re.compile(rb" ?[A-Za-z_]+|\n *| +|[0-9]|[^A-Za-z_0-9 \n]", re.DOTALL)
+INSTALLED = {"site-packages", "dist-packages"}  # in the folder of the standard library, but no part of it
+RETURNING = 4  # a token returns if that many before it came before, beyond the window
 
 
 class Corpus:
     """Documents, the first few unseen in training, and the tokens they are made of."""
 
-    def __init__(self, folder: Path, suffix: str, least: int, unseen: int, vocabulary: int):
-        texts = [path.read_bytes() for path in sorted(folder.rglob(f"*{suffix}")) if path.stat().st_size >= least]
+    def __init__(self, folder: Path, suffix: str, without: str | None, least: int, unseen: int, vocabulary: int):
+        paths = [path for path in sorted(folder.rglob(f"*{suffix}")) if not INSTALLED & set(path.parts[:-1])]
+        paths = [path for path in paths if path.stat().st_size >= least and not (without and without in path.name)]
+        texts = [path.read_bytes() for path in paths]
         if len(texts) <= unseen:
             raise SystemExit(f"{folder} has {len(texts)} files *{suffix} of {least} bytes; {unseen + 1} are needed")
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
@@ -67,17 +81,33 @@ class Corpus:
         return torch.tensor(found)
 
 
+class Before(nn.Module):
+    """A projection of the token before: what it says of a token is what that followed."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (rows, n, dim); in a call's first token, of nothing
+        return self.linear(nn.functional.pad(x, (0, 0, 1, -1)))
+
+
 def build(setting: dict[str, Any], window: bool, memory: int, device: str) -> MemoryTransformer:
-    """Four layers; without memory the third is the same layer, deaf to it."""
-    torch.manual_seed(0)
+    """Some layers; without memory the one with memory is the same layer, deaf to it."""
+    torch.manual_seed(setting["seed"])
     local = {"dim": setting["dim"], "heads": setting["heads"], "segment": setting["segment"]}
     local["window"] = setting["segment"] if window else 0
-    layers: list[Any] = [TransformerXLAttention(**local) for _ in range(4)]
-    layers[2] = MemorizingAttention(**local, capacity=memory or 1, k=32, positions="t5")
-    if not memory:
-        with torch.no_grad():
-            layers[2].gate.fill_(-1e9)
-        layers[2].gate.requires_grad_(False)
+    layers: list[Any] = [TransformerXLAttention(**local) for _ in range(setting["layers"])]
+    looking = {"k": 32, "positions": "t5", "scale": setting["scale"]}
+    layers[setting["with memory"]] = layer = MemorizingAttention(**local, capacity=memory or 1, **looking)
+    with torch.no_grad():
+        if setting["start"] == "equal":
+            layer.key.weight.copy_(layer.query.weight)
+        if not memory:
+            layer.gate.fill_(-1e9)
+            layer.gate.requires_grad_(False)
+    if setting["keys"] == "before":
+        layer.key = Before(layer.key)
     return MemoryTransformer(setting["vocabulary"], layers).to(device)
 
 
@@ -85,51 +115,68 @@ def with_memory(model: MemoryTransformer, setting: dict[str, Any], memory: int, 
     """A model of the parameters of `model` with a memory of another size; one that was deaf gets fresh gates."""
     made = build(setting, model.blocks[0].attention.reach > 0, memory, device)
     state = model.state_dict()
-    if not memory or not model.blocks[2].attention.gate.requires_grad:
+    if not memory or not model.blocks[setting["with memory"]].attention.gate.requires_grad:
         state = {name: tensor for name, tensor in state.items() if not name.endswith(".gate")}
     made.load_state_dict(state, strict=False)
     return made
 
 
-def train(model: MemoryTransformer, corpus: Corpus, steps: int, setting: dict[str, Any], device: str) -> None:
+def train(model: MemoryTransformer, corpus: Corpus, steps: int, rate: float, setting: dict[str, Any]) -> None:
     """One segment of every row a step; a row that has read its document starts the next one."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=setting["rate"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.98))
     rows, segment, memory = setting["rows"], setting["segment"], None
-    taken = corpus.unseen + rows
-    at = [[corpus.unseen + row, 0] for row in range(rows)]
+    seen = len(corpus.texts) - corpus.unseen
+    taken, device = rows, model.embedding.weight.device
+    at = [[corpus.unseen + row % seen, 0] for row in range(rows)]
+    for row, place in enumerate(at):  # where documents are fewer than rows, rows share one and read apart
+        place[1] = len(corpus.tokens(place[0])) * (row // seen) // (rows // seen + 1)
     for step in range(steps):
         for group in optimizer.param_groups:  # a short rise, then a straight fall
-            group["lr"] = setting["rate"] * min((step + 1) / 20, 1.02 - step / steps)
+            group["lr"] = rate * min((step + 1) / 30, 1.02 - step / steps)
         pieces, start = [], []
         for place in at:
             if place[1] + segment + 1 > len(corpus.tokens(place[0])):  # an end that fills no segment is left out
-                place[:] = corpus.unseen + taken % (len(corpus.texts) - corpus.unseen), 0
+                place[:] = corpus.unseen + taken % seen, 0
                 taken += 1
             start.append(place[1] == 0)
             pieces.append(corpus.tokens(place[0])[place[1] : place[1] + segment + 1])
             place[1] += segment
         tokens = torch.stack(pieces).to(device)
         logits, memory = model(tokens[:, :-1], memory, torch.tensor(start, device=device))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
 
 @torch.no_grad()
-def test(model: MemoryTransformer, corpus: Corpus, setting: dict[str, Any], device: str) -> tuple[float, float]:
-    """Perplexity a token over the beginnings of unseen documents, and over the last quarter of these."""
-    texts = [corpus.tokens(i) for i in range(corpus.unseen)]
+def test(model: MemoryTransformer, corpus: Corpus, setting: dict[str, Any]) -> dict[str, float]:
+    """Perplexity a token over the beginnings of unseen documents, over the last quarter of these, and where texts
+    repeat themselves: of tokens that return and of all others."""
+    texts, device = [corpus.tokens(i) for i in range(corpus.unseen)], model.embedding.weight.device
     length = min(setting["test"], *(len(text) - 1 for text in texts))
     tokens = torch.stack([text[: length + 1] for text in texts]).to(device)
     nats, memory = [], None
     for first in range(0, length, setting["segment"]):
         wanted = tokens[:, first + 1 : min(first + setting["segment"], length) + 1]
         logits, memory = model(tokens[:, first : first + wanted.shape[1]], memory)
-        nats.append(torch.nn.functional.cross_entropy(logits.mT, wanted, reduction="none"))
-    each = torch.cat(nats, dim=1).double()
-    return math.exp(each.mean().item()), math.exp(each[:, -(length // 4) :].mean().item())
+        nats.append(nn.functional.cross_entropy(logits.mT, wanted, reduction="none"))
+    each = torch.cat(nats, dim=1).double().cpu()
+    again = torch.tensor([returning(row, 2 * setting["segment"]) for row in tokens.tolist()])
+    parts = {"perplexity": each, "last quarter": each[:, -(length // 4) :], "returning": each[again]}
+    parts["others"] = each[~again]
+    return {name: round(math.exp(part.mean().item()), 3) for name, part in parts.items()}
+
+
+def returning(tokens: list[int], window: int) -> list[bool]:
+    """Of every token but the first, whether the few before it came before, the last time beyond the window."""
+    last, found = dict[tuple[int, ...], int](), []
+    for i in range(1, len(tokens)):
+        context = tuple(tokens[max(i - RETURNING, 0) : i])
+        found.append(context in last and i - last[context] > window)
+        last[context] = i
+    return found
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -160,49 +207,52 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")))
     parser.add_argument("--name", default="python", help="of the corpus, in what is kept")
     parser.add_argument("--suffix", default=".py")
+    parser.add_argument("--without", help="leave out files with this in their names")
     parser.add_argument("--least", type=int, default=70_000, help="bytes of the smallest document")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--keys", choices=("before", "own"), default="before", help="what keys are made of")
+    parser.add_argument("--start", choices=("equal", "apart"), default="equal", help="projections of queries and keys")
+    parser.add_argument("--scale", type=float, help="where the scales start; sqrt(head_dim) if not given")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     setting = dict(FULL if options.full else QUICK)
     setting |= {"steps": options.steps or setting["steps"]}
+    setting |= {name: getattr(options, name) for name in ("keys", "start", "scale", "seed")}
     device, rows = options.device, list[dict[str, Any]]()
-    corpus = Corpus(options.corpus, options.suffix, options.least, setting["documents"], setting["vocabulary"])
+    chosen = options.corpus, options.suffix, options.without, options.least
+    corpus = Corpus(*chosen, setting["documents"], setting["vocabulary"])
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}"
+    whole = {"machine": machine, "torch": torch.__version__, "corpus": options.name, "setting": setting}
+    path = RESULTS / f"language-{options.name}{'-full' if options.full else ''}.json"
 
-    def keep(name: str, memory: int | None, model: MemoryTransformer, begin: float) -> None:
-        every, last = test(model, corpus, setting, device)
-        row = {"model": name, "memory": memory, "perplexity": round(every, 3), "last quarter": round(last, 3)}
-        rows.append(row | {"seconds": round(time.perf_counter() - begin, 1)})
+    def keep(name: str, memory: int | None, model: MemoryTransformer, trained: float) -> None:
+        begin = time.perf_counter()
+        row = {"model": name, "memory": memory, **test(model, corpus, setting)}
+        rows.append(row | {"training s": round(trained), "test s": round(time.perf_counter() - begin)})
         print(rows[-1], flush=True)
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"language-{options.name}{'-full' if options.full else ''}.json"
         path.write_text(json.dumps(whole | {"rows": rows}, indent=1) + "\n", "utf-8")
         draw(rows, path.with_suffix(".png"))
 
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}"
-    whole = {"machine": machine, "torch": torch.__version__, "seed": 0, "corpus": options.name, "setting": setting}
-    begin = time.perf_counter()
-    alone = build(setting, False, 0, device)
-    train(alone, corpus, setting["steps"], setting, device)
-    keep("no window", None, alone, begin)
-    begin = time.perf_counter()
-    windowed = build(setting, True, 0, device)
-    train(windowed, corpus, setting["steps"], setting, device)
-    keep("Transformer-XL window", None, windowed, begin)
-    begin = time.perf_counter()
-    trained = build(setting, True, setting["capacity"], device)
-    train(trained, corpus, setting["steps"], setting, device)
-    tuned = with_memory(windowed, setting, setting["capacity"], device)
-    train(tuned, corpus, setting["tune"], setting, device)
-    whole["gates"] = {"trained": gates(trained), "tuned": gates(tuned)}
-    for name, model in (("trained with memory", trained), ("trained without, tuned with memory", tuned)):
+    def trained(model: MemoryTransformer, steps: str = "steps", rate: str = "rate") -> tuple[MemoryTransformer, float]:
+        begin = time.perf_counter()
+        train(model, corpus, setting[steps], setting[rate], setting)
+        return model, time.perf_counter() - begin
+
+    keep("no window", None, *trained(build(setting, False, 0, device)))
+    windowed, seconds = trained(build(setting, True, 0, device))
+    keep("Transformer-XL window", None, windowed, seconds)
+    learned = trained(build(setting, True, setting["capacity"], device))
+    tuned = trained(with_memory(windowed, setting, setting["capacity"], device), "tune", "tuning rate")
+    whole["gates"] = {"trained": gates(learned[0], setting), "tuned": gates(tuned[0], setting)}
+    for name, (model, seconds) in (("trained with memory", learned), ("trained without, tuned with memory", tuned)):
         for memory in setting["memories"]:
-            keep(name, memory, with_memory(model, setting, memory, device), begin)
-            begin = time.perf_counter()
+            keep(name, memory, with_memory(model, setting, memory, device), seconds)
 
 
-def gates(model: MemoryTransformer) -> dict[str, list[float]]:
+def gates(model: MemoryTransformer, setting: dict[str, Any]) -> dict[str, list[float]]:
     """What the memory layer has learned: the share of memory, and the scale, of every head."""
-    layer = model.blocks[2].attention
+    layer = model.blocks[setting["with memory"]].attention
     return {"share": torch.sigmoid(layer.gate).tolist(), "scale": layer.scale.abs().tolist()}
 
 

@@ -4,8 +4,11 @@
     nox -s bench -- pretrained --full --document=topology.ml     # hours
 
 1. perplexity: one long document in windows of 512 tokens, within the context and beyond it, against windows alone, the
-   previous window, the same with the document's first tokens (StreamingLLM), and full attention as far as it goes.
-2. passkey: a number hidden in a long text and asked for at its end, by length and depth.
+   previous window, the same with the document's first tokens, the same with positions counted anew (StreamingLLM), and
+   full attention as far as it goes.
+2. passkey: a number hidden in a long text and asked for at its end, by length and depth. With --keys=N, N of them in
+   one text, asked for after each of --lengths of one reading: one by one, the memories of the others overwritten,
+   and by its first two digits, with all of them there.
 3. definitions: the loss at uses of identifiers whose last mention is so far back that only memory reaches it, and how
    often what was retrieved there is one of those mentions. It takes its losses from the runs of 1.
 
@@ -24,15 +27,17 @@ import random
 import re
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from perdure.bindings.demo.methods import Result, with_cache, with_memory, without_memory
 from perdure.bindings.pretrained import Pretrained, smollm2
 from perdure.bindings.transformers import attach, detach
 from perdure.bindings.transformers.document import token_ids
+from transformers import DynamicCache
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW, SINKS, FAR, DEFAULT = 512, 4, 1024, "_pydecimal.py"
@@ -47,6 +52,8 @@ FULL: dict[str, Any] = {
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "\nThe pass key is {}. Remember it. {} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
+CUE = 2  # digits of a key that a question after one of several gives
+CUED = "\nWhat is the pass key that begins with {0}? The pass key is {0}"
 
 
 # ---- 1. perplexity --------------------------------------------------------------------------------------------------
@@ -61,6 +68,8 @@ def read_every_way(model: Any, ids: torch.Tensor, setting: dict[str, Any], keep:
         keep(with_cache(model, ids, WINDOW, _silent, keep=WINDOW))
     if "sinks" in setting["baselines"]:
         keep(with_cache(model, ids, WINDOW, _silent, keep=WINDOW, sinks=SINKS))
+    if "streaming" in setting["baselines"]:
+        keep(with_cache(model, ids, WINDOW, _silent, keep=WINDOW, sinks=SINKS, anew=True))
     if "full" in setting["baselines"]:
         keep(with_cache(model, ids[:, :context], WINDOW, _silent))
     for k in setting["k"]:
@@ -112,9 +121,59 @@ def hidden(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[torch.
     return torch.tensor([filler * before + needle + filler * (sentences - before)]), key
 
 
-def knows(tokenizer: Any, key: str, forward: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether every digit of the key is the likeliest next token: what greedy generation would write."""
-    question, answer = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (QUESTION, f" {key}"))
+def many_hidden(tokenizer: Any, length: int, many: int, seed: int) -> tuple[torch.Tensor, list[tuple[str, range]]]:
+    """About `length` tokens of filler with `many` keys hidden evenly in it, no two of which begin alike; and the keys,
+    each with the tokens that tell it."""
+    rng = random.Random(f"{seed} {many}")
+    keys = [str(1000 * start + rng.randrange(1000)) for start in rng.sample(range(10, 100), many)]
+    filler = tokenizer(FILLER, add_special_tokens=False)["input_ids"]
+    needles = [tokenizer(NEEDLE.format(key, key), add_special_tokens=False)["input_ids"] for key in keys]
+    sentences = (length - sum(map(len, needles))) // len(filler)
+    ids: list[int] = []
+    places = []
+    for i, needle in enumerate(needles):
+        between = round((i + 0.5) / many * sentences) - round((i - 0.5) / many * sentences) * (i > 0)
+        ids += filler * between + needle
+        places.append(range(len(ids) - len(needle), len(ids)))
+    ids += filler * (sentences - round((many - 0.5) / many * sentences))
+    return torch.tensor([ids]), list(zip(keys, places, strict=True))
+
+
+def alone(memory: Any, keys: list[tuple[str, range]]) -> Iterator[str]:
+    """Each of `keys` in turn, while of the others nothing is remembered: in their places `memory` has the keys and
+    values of the tokens before them once more. Afterwards it is what it was."""
+    of_keys = np.array([place for _, places in keys for place in places])
+    of_text = np.array([place - len(places) for _, places in keys for place in places])
+    stores = [(i, name) for i, layer in memory.layers.items() for name in layer.stores if name != "first"]
+    own: dict[tuple[int, str], list[np.ndarray]] = {}
+    for key, places in [*keys, ("", range(max(places[-1] for _, places in keys) + 1))]:
+        for where in stores:
+            layer, store = memory.layers[where[0]], memory.layers[where[0]].stores[where[1]]
+            there, instead = of_keys - layer.capacities["first"], of_text - layer.capacities["first"]
+            held = (instead >= store.written[0] - store.tokens[0]) & (there < store.written[0])
+            if held.any():
+                state = store.state_dict()
+                arrays = [a for name, a in state.items() if name.endswith((".keys", ".values", ".labels"))]
+                there, instead = there[held] % store.capacity, instead[held] % store.capacity
+                mine = np.isin(of_keys[held], places)
+                originals = own.setdefault(where, [a[:, there].copy() for a in arrays])
+                for array, original in zip(arrays, originals, strict=True):
+                    wide = mine[:, None] if array.ndim == 3 else mine
+                    array[:, there] = np.where(wide, original, array[:, instead])
+                layer.stores[where[1]] = type(store).from_state_dict(state)
+                layer.take_over(layer)  # what it keeps of its stores is not theirs any more
+        if key:
+            yield key
+
+
+def cued(key: str) -> tuple[str, str]:
+    """The question for one key of several, and the rest of that key."""
+    return CUED.format(key[:CUE]), key[CUE:]
+
+
+def knows(tokenizer: Any, question: str, answer: str, forward: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether every token of the answer is the likeliest next one: what greedy generation would write."""
+    question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
     logits = forward(torch.tensor([question + answer]))
     return logits[0, len(question) - 1 : -1].argmax(-1).tolist() == answer
 
@@ -130,22 +189,68 @@ def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[d
             start = time.perf_counter()
             memory = attach(model, capacity=length, index=setting["index"], **setting["further"])
             try:
-                memory.read_document(ids, progress=False)
+                memory.read_document(ids, progress=False, retrieve=setting["retrieve"])
                 with memory.frozen():
-                    row["perdure"] = knows(tokenizer, key, lambda q: model(q, use_cache=False).logits)
+                    row["perdure"] = knows(tokenizer, QUESTION, f" {key}", lambda q: model(q, use_cache=False).logits)
             finally:
                 detach(model)
             row["perdure seconds"] = round(time.perf_counter() - start, 1)
             for name, part in (("previous window", ids[:, -WINDOW:]), ("full attention", ids)):
                 if part.shape[1] + 2 * len(QUESTION) <= setting["full to"]:
-                    row[name] = knows(
-                        tokenizer,
-                        key,
-                        lambda q, p=part: (
-                            model(torch.cat([p, q], dim=1), use_cache=False, logits_to_keep=q.shape[1]).logits
-                        ),
-                    )
+                    row[name] = knows(tokenizer, QUESTION, f" {key}", functools.partial(_after, model, part))
             keep(row)
+
+
+@torch.inference_mode()
+def many_pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """One reading of the longest length; after each length, every key read by then is asked for."""
+    model, tokenizer, seconds, done = pretrained.model, pretrained.tokenizer, 0.0, 0
+    ids, keys = many_hidden(tokenizer, max(setting["lengths"]), setting["keys"], setting["seed"])
+    memory = attach(model, capacity=ids.shape[1], index=setting["index"], **setting["further"])
+
+    def forward(question: torch.Tensor) -> torch.Tensor:
+        with memory.frozen():
+            return model(question, use_cache=False).logits
+
+    try:
+        for length in sorted(setting["lengths"]):
+            start = time.perf_counter()
+            memory.read_document(ids[:, done:length], progress=False, retrieve=setting["retrieve"])
+            seconds, done = seconds + time.perf_counter() - start, length
+            asked = [(key, places) for key, places in keys if places[-1] < length]
+            row = {"length": min(length, ids.shape[1]), "keys": len(asked), "seconds to read": round(seconds, 1)}
+            row["GiB"] = round(memory.nbytes / 2**30, 2)
+            start = time.perf_counter()
+            row["by its start"] = sum(knows(tokenizer, *cued(key), forward) for key, _ in asked)
+            row["seconds a question"] = round((time.perf_counter() - start) / max(len(asked), 1), 2)
+            keep(row)
+            for key in alone(memory, asked):
+                depth = round(dict(asked)[key][-1] / row["length"], 3)
+                keep({"length": row["length"], "depth": depth, "alone": knows(tokenizer, QUESTION, f" {key}", forward)})
+    finally:
+        detach(model)
+    for length in setting["lengths"]:
+        asked = [key for key, places in keys if places[-1] < length]
+        for name, first in (("previous window", max(length - WINDOW, 0)), ("full attention", 0)):
+            if length - first + 2 * len(CUED) <= setting["full to"]:
+                cache = DynamicCache(config=model.config)
+                for start in range(first, length, WINDOW):
+                    model(ids[:, start : min(start + WINDOW, length)], past_key_values=cache, logits_to_keep=1)
+                hits = sum(knows(tokenizer, *cued(key), functools.partial(_continued, model, cache)) for key in asked)
+                keep({"length": length, "keys": len(asked), f"{name}, by its start": hits})
+
+
+def _after(model: Any, part: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+    """Logits of a question right after `part`."""
+    ids = torch.cat([part, question], dim=1)
+    return model(ids, use_cache=False, logits_to_keep=question.shape[1]).logits
+
+
+def _continued(model: Any, cache: Any, question: torch.Tensor) -> torch.Tensor:
+    """Logits of a question after what is cached, which stays as it is."""
+    logits = model(question, past_key_values=cache, use_cache=True).logits
+    cache.crop(-question.shape[1])
+    return logits
 
 
 # ---- 3. definitions -------------------------------------------------------------------------------------------------
@@ -234,12 +339,14 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--experiments", default="perplexity,passkey,definitions")
     parser.add_argument("--document", type=Path, default=Path(sysconfig.get_path("stdlib")) / DEFAULT)
-    parser.add_argument("--baselines", default="none,xl,sinks,full")
+    parser.add_argument("--baselines", default="none,xl,sinks,full", help="... and streaming")
     parser.add_argument("--tokens", type=int)
     for name, kind in (("k", int), ("memory", str), ("positions", str), ("lengths", int), ("depths", float)):
         parser.add_argument(f"--{name}", type=lambda text, kind=kind: [kind(part) for part in text.split(",") if part])
     parser.add_argument("--index", default="exact")
     parser.add_argument("--further", type=json.loads, default={}, help='more of attach, as JSON: {"recent": 0}')
+    parser.add_argument("--keys", type=int, default=0, help="pass keys in one text; 0: a text for each")
+    parser.add_argument("--no-retrieval", dest="retrieve", action="store_false", help="while pass keys are read")
     parser.add_argument("--no-trace", dest="trace", action="store_false")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "pretrained.json")
@@ -279,7 +386,9 @@ def main() -> None:
         if uses:
             note("definitions", at_uses(result, uses))
 
-    if "passkey" in chosen:
+    if "passkey" in chosen and setting["keys"]:
+        many_pass_keys(pretrained, setting, functools.partial(note, "many pass keys"))
+    elif "passkey" in chosen:
         pass_keys(pretrained, setting, functools.partial(note, "passkey"))
     if "perplexity" in chosen:
         read_every_way(pretrained.model, ids, setting, keep)

@@ -53,6 +53,17 @@ def file_to_write(argument: str, name: str | None) -> None:
         raise FileError(argument, "a file that can be written", name, "Check its permissions.")
 
 
+def other_file(argument: str, name: str | None, read: str) -> None:
+    """A file to write that is not the one that is read; None is skipped.
+
+    Raises
+    ------
+    FileError
+    """
+    if name is not None and Path(name).exists() and Path(read).exists() and Path(name).samefile(read):
+        raise FileError(argument, "another file than the one that is read", name, "Name another file.")
+
+
 def folder_to_write(argument: str, folder: Path) -> None:
     """Make `folder` unless it is there.
 

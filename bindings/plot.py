@@ -6,12 +6,12 @@ notebook show it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..backends.arrays import framework, optional_import
+from ..backends.arrays import optional_import
 from ..backends.errors import ArgumentError, ShapeError
 from ..backends.exchange import like, to_numpy
 from ..core import checks
@@ -21,6 +21,7 @@ from ..core.signal import Signal
 from ..memory.continuous import ContinuousMemory
 
 __all__ = ["attention", "error", "retained", "signal"]
+Kind = TypeVar("Kind")
 POINTS = 1000  # at which a curve is drawn
 
 
@@ -46,21 +47,24 @@ def signal(fitted: Signal, x: Any = None, positions: Any = None, components: Seq
     ------
     MissingPackageError, ArgumentError, ShapeError
     """
-    B = fitted.coefficients
+    B = _of("fitted", fitted, Signal, "what perdure.fit returned").coefficients
     if B.ndim != 2:
         raise ShapeError("fitted", "a signal without leading axes", str(tuple(B.shape)), "Take one row of it.")
+    if not isinstance(components, Iterable | None):
+        raise ArgumentError("components", "a sequence of numbers", repr(components), f"Pass [{components!r}].")
     shown = range(min(B.shape[1], 4)) if components is None else [checks.count("components", c, 0) for c in components]
     if any(c >= B.shape[1] for c in shown):
         raise ArgumentError("components", f"numbers below {B.shape[1]}", str(list(shown)), "Name existing components.")
     t = np.linspace(0, 1, POINTS)
-    curve = _numpy(fitted(like(t, B)))
+    curve = to_numpy(fitted(like(t, B)))
     figure, axis = _figure(8, 3.2)
     for c in shown:
         axis.plot(t, curve[:, c], color=f"C{c}", linewidth=1, label=f"component {c}")
     if x is not None:
-        samples = _numpy(x)
+        samples = checks.plain("x", x)
         checks.shape("x", samples, "L", B.shape[1], whole=True)
-        where = centred(samples.shape[0]) if positions is None else _numpy(positions)
+        where = centred(samples.shape[0]) if positions is None else checks.plain("positions", positions)
+        checks.shape("positions", where, samples.shape[0], whole=True)
         for c in shown:
             axis.plot(where, samples[:, c], ".", color=f"C{c}", markersize=2, alpha=0.5)
     axis.set(xlabel="t", ylabel="x(t)", xlim=(0, 1), title=repr(fitted.basis).strip("<>"))
@@ -84,8 +88,15 @@ def attention(histograms: Any) -> Any:
     ------
     MissingPackageError, ShapeError
     """
-    mass = _numpy(histograms)
+    mass = checks.plain("histograms", histograms)
     checks.shape("histograms", mass, "writes", "D", whole=True)
+    if mass.size == 0:
+        raise ShapeError("histograms", "one write or more, and one bin", str(mass.shape), "Pass what was attended to.")
+    checks.finite(histograms=mass)
+    if (mass < 0).any():
+        raise ArgumentError(
+            "histograms", "mass of at least 0", f"{mass.min():.4g}", "Pass attention, not its logarithm."
+        )
     total = mass.sum(axis=1, keepdims=True)
     shares = mass / np.where(total > 0, total, 1) * mass.shape[1]
     figure, axis = _figure(7, 3.6)
@@ -114,6 +125,9 @@ def retained(memory: ContinuousMemory, row: int = 0) -> Any:
     MissingPackageError, ArgumentError
         Nothing has been written to the row.
     """
+    if not hasattr(memory, "shown"):  # one that lives in a store has it too
+        received = type(memory).__name__
+        raise ArgumentError("memory", "a ContinuousMemory", received, "Pass one, of a HybridMemory its `older` part.")
     t = np.linspace(0, 1, POINTS + 1)
     shown = memory.shown(t, [row])[0]
     if not shown[-1] > 0:
@@ -149,7 +163,10 @@ def error(*reports: SignalReport, names: Sequence[str] | None = None) -> Any:
     ------
     MissingPackageError, ArgumentError
     """
-    if not reports or (names is not None and len(names) != len(reports)):
+    for report in reports:
+        _of("reports", report, SignalReport, "memory.report()")
+    named = names is None or (isinstance(names, list | tuple) and len(names) == len(reports))
+    if not reports or not named:
         raise ArgumentError("reports", "one or more, and a name for each", str(len(reports)), "Pass memory.report().")
     figure, axis = _figure(6, 3.2)
     for i, report in enumerate(reports):
@@ -168,5 +185,13 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return made, made.subplots()
 
 
-def _numpy(array: Any) -> np.ndarray:
-    return np.asarray(array, np.float64) if framework(array) is None else to_numpy(array).astype(np.float64)
+def _of(argument: str, given: Any, kind: type[Kind], remedy: str) -> Kind:
+    """`given`, if it is of that kind.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if not isinstance(given, kind):
+        raise ArgumentError(argument, f"a {kind.__name__}", type(given).__name__, f"Pass {remedy}.")
+    return given

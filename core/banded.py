@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from scipy.linalg import blas, lapack
+from scipy.linalg import lapack
 
 from .basis import Basis
 
 APART = 12.0  # widths between centres whose functions share nothing: exp(-12²/4) is float64's rounding
-NEGLIGIBLE = 1e-17  # beside the largest entry of a block: less than its rounding
+NEGLIGIBLE = 1e-14  # beside the largest entry of a block: not more than is lost in solving
 STRIP = 32  # columns that are let go together
+FEW = 8  # every so many rows show how large the others are
 SMALLEST = 32  # functions of a block: smaller products do not run at full speed
 
 
@@ -60,9 +61,12 @@ class BlockGram:
         return largest
 
     def solve(self, F: np.ndarray, penalty: float) -> np.ndarray | None:
-        """(F F^T + penalty I)^-1 F, or None where the factorisation fails."""
-        factors: list[np.ndarray] = []
-        couplings: list[np.ndarray] = []
+        """(F F^T + penalty I)^-1 F, or None where the factorisation fails.
+
+        The blocks L of the factor are inverted, so that what is left are products: they are small and well conditioned.
+        """
+        inverses: list[np.ndarray] = []  # L^-1
+        couplings: list[np.ndarray] = []  # below L^-T
         for k, block in enumerate(self.diagonal):
             block = block + penalty * np.eye(block.shape[0])
             if k:
@@ -70,42 +74,27 @@ class BlockGram:
             factor, failed = lapack.dpotrf(block, lower=1, clean=1)
             if failed:
                 return None
-            factors.append(factor)
-            if k < len(self.below):  # below L^-T, as (L^-1 below^T)^T
-                couplings.append(blas.dtrsm(1.0, factor, self.below[k], side=1, lower=1, trans_a=1))
+            inverses.append(lapack.dtrtri(factor, lower=1)[0])
+            if k < len(self.below):
+                couplings.append(self.below[k] @ inverses[-1].T)
         # F^T's columns to the right of a block's window are still zero on the way down; what decays to the left of it
         # is dropped once it is below rounding, and likewise on the way up
         out = np.zeros(F.shape)
-        room = [np.empty((max(f.shape[0] for f in factors), F.shape[1])) for _ in range(2)]
         seen: list[slice] = []
-        for k, (rows, factor) in enumerate(zip(self.blocks, factors, strict=True)):
-            within = _hull(self.windows[k], seen[-1]) if k else self.windows[k]
-            part = _copied(F[rows, within], room[0])
+        for k, (rows, inverse, within) in enumerate(zip(self.blocks, inverses, self.windows, strict=True)):
+            np.matmul(inverse, F[rows, within], out=out[rows, within])
             if k:
-                _subtract(part[:, _inside(seen[-1], within)], couplings[k - 1], out[self.blocks[k - 1], seen[-1]], room)
-            seen.append(_store(out, rows, within, _solved(factor, part, trans=1)))
-        for k in range(len(factors) - 1, -1, -1):
-            rows, within = self.blocks[k], seen[k]
+                _add(out, rows, -inverse @ couplings[k - 1], self.blocks[k - 1], seen[-1])
+                within = _hull(within, seen[-1])
+            seen.append(_kept(out, rows, within))
+        for k in range(len(inverses) - 1, -1, -1):
+            rows, within, left = self.blocks[k], seen[k], inverses[k].T
+            out[rows, within] = left @ out[rows, within]
             if k < len(couplings):
-                above = seen[k + 1]
-                within = _hull(within, above)
-            part = _copied(out[rows, within], room[0])
-            if k < len(couplings):
-                _subtract(part[:, _inside(above, within)], couplings[k].T, out[self.blocks[k + 1], above], room)
-            seen[k] = _store(out, rows, within, _solved(factors[k], part, trans=0))
+                _add(out, rows, -left @ couplings[k].T, self.blocks[k + 1], seen[k + 1])
+                within = _hull(within, seen[k + 1])
+            seen[k] = _kept(out, rows, within)
         return out
-
-
-def _copied(part: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """A contiguous copy in memory that is there already: fresh pages cost more than what is written to them."""
-    copy = room.reshape(-1)[: part.size].reshape(part.shape)
-    copy[...] = part
-    return copy
-
-
-def _subtract(part: np.ndarray, left: np.ndarray, right: np.ndarray, room: list[np.ndarray]) -> None:
-    """part -= left @ right."""
-    part -= np.matmul(left, right, out=room[1].reshape(-1)[: part.size].reshape(part.shape))
 
 
 def _nonzero_columns(F: np.ndarray) -> slice:
@@ -121,28 +110,20 @@ def _hull(a: slice, b: slice) -> slice:
     return slice(min(a.start, b.start), max(a.stop, b.stop))
 
 
-def _inside(part: slice, whole: slice) -> slice:
-    """Where the columns `part` are among the columns `whole`."""
-    if part.start == part.stop:
-        return slice(0, 0)
-    return slice(part.start - whole.start, part.stop - whole.start)
+def _add(out: np.ndarray, rows: slice, left: np.ndarray, others: slice, within: slice) -> None:
+    """out[rows] += left @ out[others], in the columns `within`."""
+    out[rows, within] += left @ out[others, within]
 
 
-def _solved(factor: np.ndarray, part: np.ndarray, trans: int) -> np.ndarray:
-    """L^-1 part (trans = 1), or L^-T part, computed in place on the transpose."""
-    return blas.dtrsm(1.0, factor, part.T, side=1, lower=1, trans_a=trans, overwrite_b=1).T
-
-
-def _store(out: np.ndarray, rows: slice, within: slice, part: np.ndarray) -> slice:
-    """Write `part` into out[rows, within], but for outer strips of columns below rounding; the columns written."""
-    bound = NEGLIGIBLE * max(part.max(initial=0.0), -part.min(initial=0.0))
+def _kept(out: np.ndarray, rows: slice, within: slice) -> slice:
+    """The columns `within` of out[rows], but for outer strips below rounding, which are made zero."""
+    part = out[rows, within]
+    bound = NEGLIGIBLE * np.abs(part[::FEW]).max(initial=0.0)  # at most what the largest of all gives
     first, last = 0, part.shape[1]
     while first < last and np.abs(part[:, first : first + STRIP]).max() <= bound:
         first = min(first + STRIP, last)
     while first < last and np.abs(part[:, max(last - STRIP, first) : last]).max() <= bound:
         last = max(last - STRIP, first)
-    out[rows, within.start : within.start + first] = 0
-    out[rows, within.start + last : within.stop] = 0
-    stored = slice(within.start + first, within.start + last)
-    out[rows, stored] = part[:, first:last]
-    return stored
+    part[:, :first] = 0
+    part[:, last:] = 0
+    return slice(within.start + first, within.start + last)

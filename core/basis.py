@@ -73,8 +73,10 @@ class Basis:
 
     @functools.cached_property
     def edges(self) -> np.ndarray:
-        """The N + 1 edges of adjoining bins, float64; of a rectangular basis only."""
-        return np.append(self.centers - self.widths / 2, self.centers[-1] + self.widths[-1] / 2)
+        """The N + 1 edges of adjoining bins, float64, exactly i/N where they are so; of a rectangular basis only."""
+        edges = np.append(self.centers - self.widths / 2, self.centers[-1] + self.widths[-1] / 2)
+        equal = np.arange(len(self) + 1) / len(self)
+        return equal if np.abs(edges - equal).max() <= 4 * np.finfo(np.float64).eps else edges
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Basis) and self.key == other.key

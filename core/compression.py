@@ -7,9 +7,12 @@ section 3.2. Each block of c neighbours is compressed by itself, so that results
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
-from ..backends.arrays import cast, known_framework, namespace
+import numpy as np
+
+from ..backends.arrays import cast, computing_dtype, framework, inspectable, known_framework, namespace
 from ..backends.errors import ArgumentError, ShapeError
 from . import checks
 
@@ -30,7 +33,7 @@ def compress(x: Any, rate: int, method: str = "mean", weights: tuple[Any, ...] =
         For "conv" a kernel (d, d, c) and a bias (d,), laid out [out, in, place]; for "dilated" a kernel
         (layers, d, d, 2) and a bias (layers, d), with layers = ceil(log2 c).
     usage : array (..., n), optional
-        For "most_used": how much attention each state drew.
+        For "most_used": how much attention each state drew; its leading axes are those of x, or broadcast to them.
 
     Returns
     -------
@@ -39,10 +42,13 @@ def compress(x: Any, rate: int, method: str = "mean", weights: tuple[Any, ...] =
     Raises
     ------
     ArgumentError, ShapeError, DTypeError, FrameworkError
+    NonFiniteError
+        Usage of NaN or infinity, or summaries beyond the range of the dtype of x.
 
     Notes
     -----
-    O(n d) for pooling and selection, O(n d²) for convolutions. Gradients reach x and the weights.
+    Computed in the widest dtype of x and the weights, at least float32, and returned in that of x. O(n d) for pooling
+    and selection, O(n d²) for convolutions. Gradients reach x and the weights.
     Source: Compressive Transformers (arXiv 1911.05507), section 3.2; "dilated" has kernels of 2 and a ReLU between
     layers, which the paper leaves open.
 
@@ -66,8 +72,25 @@ def compress(x: Any, rate: int, method: str = "mean", weights: tuple[Any, ...] =
     if method == "most_used":
         if usage is None:
             raise ArgumentError("usage", "an array (..., n) for most_used", "None", "Pass the attention states drew.")
-        checks.shape("usage", usage, *x.shape[:-1])
-        return most_used(x, rate, usage)
+        checks.shape("usage", usage, n)
+        lead = x.shape[:-2]
+        if checks.leading(x=(x, 2), usage=(usage, 1)) != tuple(lead) or usage.ndim > x.ndim - 1:
+            raise ShapeError("usage", f"what broadcasts to {(*lead, n)}", str(tuple(usage.shape)), "Reshape it.")
+        if inspectable(usage):
+            checks.finite(usage=usage)
+        return most_used(x, rate, namespace(x).broadcast_to(usage, (*lead, n)))
+    wide = computing_dtype(x, *weights)
+    quiet: Any = np.errstate(over="ignore", invalid="ignore") if framework(x) == "numpy" else nullcontext()
+    with quiet:  # what overflows is about to be told
+        made = compressed(cast(x, wide), rate, method, tuple(cast(w, wide) for w in weights))
+        made = cast(made, x.dtype)
+    checks.outcome(made, x=x, **_named(weights))
+    return made
+
+
+def compressed(x: Any, rate: int, method: str, weights: tuple[Any, ...]) -> Any:
+    """`compress` by pooling or convolution, for x (..., n, d) and weights of one dtype that have been checked."""
+    n, d = x.shape[-2:]
     blocks = namespace(x).reshape(x, (*x.shape[:-2], n // rate, rate, d))
     match method:
         case "mean":

@@ -5,6 +5,8 @@ The refit is linear, so nothing has to be sampled and solved again: B' = C B + G
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +17,24 @@ from ..backends.exchange import like as like_of
 from . import original as published
 from .basis import Basis, gaussians
 from .positions import after_contraction, centred
-from .ridge import CACHE, FitOperator, beside, fit_operator
+from .ridge import CACHE, FitOperator, beside, fit_operator, held
 from .windows import Windows, multiply, on_cpu, windows
 
 AT_ONCE = 64  # samples, or functions, that one product is about
+FINEST = 1 / 16  # over the mean spacing of functions: narrower ones do not ask for more samples
+SPARSE, SPARSE_AT_FIRST = 1.2, 8 / 3  # widths between samples, from which on each stands for all of its room
+LEAST_SHARE = 1e-12  # of [0, 1], for an old sample: keeps weights finite
+RARE = 8  # times rarer than the old, from which on new samples count for as much more
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What stays the same from one update to the next: basis, relative ridge, samples M, and whose rules.
+    """What stays the same from one update to the next: basis, relative ridge, least samples M, and whose rules.
 
+    Where samples are too sparse for the functions, a fit overshoots between them, and the next update makes more of it:
+    without end. So the old signal is looked at once in every width of the narrowest functions at least, a new sample
+    that has more room than that stands for all of it, and new samples far rarer than the old count for as much more.
+    Segments about as long as M, as the paper has them, are fitted as they are.
     With `original` the positions, padding and absolute penalty are those of the authors' code.
     """
 
@@ -33,26 +43,44 @@ class Scheme:
     samples: int
     original: bool = False
 
+    def looks(self, contraction: float) -> int:
+        """M: at how many positions an update looks at the old signal."""
+        return self.samples if self.original else max(self.samples, math.ceil(contraction / self._width))
+
+    @functools.cached_property
+    def _width(self) -> float:
+        return max(float(self.basis.widths.min()), FINEST / len(self.basis))
+
     def first(self, length: int) -> FitOperator:
         """The operator of a first fit to `length` samples."""
         if not self.original:
-            return fit_operator(self.basis, centred(length), self.ridge)
+            return self._fit(np.empty(0), centred(length), 1.0)
         positions, zeros = published.first_positions(length)
         return fit_operator(self.basis, positions, self.ridge, zeros, original=True)
 
     def later(self, contraction: float, length: int) -> FitOperator:
         """The operator of an update: M old samples in [0, contraction], then `length` new ones."""
         if not self.original:
-            old, new = after_contraction(contraction, self.samples, length)
-            return fit_operator(self.basis, np.concatenate([old, new]), self.ridge)
+            return self._fit(*after_contraction(contraction, self.looks(contraction), length), 1 - contraction)
         old, new, zeros = published.update_positions(contraction, self.samples, length)
         positions = published.half_open(np.concatenate([old, new]), self.basis)
         return fit_operator(self.basis, positions, self.ridge, zeros, original=True)
 
-    def old_positions(self) -> np.ndarray:
+    def _fit(self, old: np.ndarray, new: np.ndarray, room: float) -> FitOperator:
+        """The operator for samples at `old` and `new` positions, the latter evenly spread in the last `room`."""
+        widths = room / new.size / self._width  # between new samples
+        times = math.ceil(widths) if widths > (SPARSE if old.size else SPARSE_AT_FIRST) else 1
+        copies = new if times == 1 else 1 - room + room * centred(times * new.size)
+        share = max(2 * old[0], LEAST_SHARE) if old.size else 1.0  # the first stands in the middle of its own
+        rarer = room / copies.size / share
+        weights = np.concatenate([np.ones(old.size), np.full(copies.size, rarer)]) if rarer > RARE else None
+        operator = fit_operator(self.basis, np.concatenate([old, copies]), self.ridge, weights=weights)
+        return operator if times == 1 else held(operator, new.size, times)
+
+    def old_positions(self, contraction: float) -> np.ndarray:
         """Where on the old signal the M samples stand when nothing says that one place matters more."""
         if not self.original:
-            return centred(self.samples)
+            return centred(self.looks(contraction))
         return published.half_open(published.old_positions(self.samples), self.basis)
 
     def new_positions(self, contraction: float, length: int) -> np.ndarray:
@@ -61,11 +89,12 @@ class Scheme:
             return published.update_positions(contraction, self.samples, length)[1]
         return after_contraction(contraction, self.samples, length)[1]
 
-    def recurrence(self, operator: FitOperator) -> np.ndarray:
-        """C (N, N), float64, kept."""
+    def recurrence(self, contraction: float, length: int) -> np.ndarray:
+        """C (N, N) of an update, float64, kept."""
+        operator = self.later(contraction, length)
 
         def make() -> np.ndarray:
-            made, t = np.empty((len(self.basis), len(self.basis))), self.old_positions()
+            made, t = np.empty((len(self.basis), len(self.basis))), self.old_positions(contraction)
             for first in range(0, len(self.basis), AT_ONCE):
                 some = slice(first, first + AT_ONCE)
                 felt, psi = self.basis.sampled(some, t)
@@ -73,7 +102,7 @@ class Scheme:
             made.setflags(write=False)
             return made
 
-        return CACHE.get((operator.key, self.samples, "recurrence"), make, lambda made: made.nbytes)
+        return CACHE.get((operator.key, "recurrence"), make, lambda made: made.nbytes)
 
 
 def apply(key: Any, matrix: np.ndarray, x: Any, addend: Any = None) -> Any:
@@ -98,17 +127,17 @@ def fitted(scheme: Scheme, x: Any) -> Any:
 def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: Any = None) -> Any:
     """Coefficients after an update with x (..., L, e).
 
-    `where` (..., M), ascending: positions of the old signal to keep; None for the uniform ones, all alike.
+    `where` (..., M), ascending: as many positions of the old signal as the scheme looks at; None for even ones.
     """
-    operator, M = scheme.later(contraction, x.shape[-2]), scheme.samples
+    operator, M = scheme.later(contraction, x.shape[-2]), scheme.looks(contraction)
+    n, e = B.shape[-2:]
+    # fewer products than through a C of these positions, and no sum of two results
+    if where is not None and (_narrow(scheme.basis) or n * (M + e) > 2 * M * e):
+        return apply(operator.key, operator.matrix, _then(scheme.basis, B, where, x))
     new = apply((operator.key, "new", M), operator.matrix[:, M:], x)
     if where is None:
-        return apply((operator.key, M, "recurrence"), scheme.recurrence(operator), B, new)
-    key, old, basis = (operator.key, "old", M), operator.matrix[:, :M], scheme.basis
-    n, e = B.shape[-2:]
-    if _narrow(basis) or n * (M + e) > 2 * M * e:  # fewer products than through a C of these positions
-        return apply(key, old, evaluate(basis, B, where), new)
-    return apply(key, old, basis(_beside(where, B))) @ B + new
+        return apply((operator.key, "recurrence"), scheme.recurrence(contraction, x.shape[-2]), B, new)
+    return apply((operator.key, "old", M), operator.matrix[:, :M], scheme.basis(_beside(where, B))) @ B + new
 
 
 def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: np.ndarray, counts: np.ndarray) -> Any:
@@ -116,7 +145,7 @@ def updated_in_bins(scheme: Scheme, B: Any, x: Any, contraction: float, points: 
 
     points (D,), counts (..., D), whole numbers that sum to M.
     """
-    operator, M = scheme.later(contraction, x.shape[-2]), scheme.samples
+    operator, M = scheme.later(contraction, x.shape[-2]), scheme.looks(contraction)
     ends = np.cumsum(counts, axis=-1)  # (..., D): samples m of bin b are ends[b-1] <= m < ends[b]
     sums = np.zeros((M + 1, len(scheme.basis)))
     np.cumsum(operator.matrix[:, :M].T, axis=0, out=sums[1:])
@@ -132,29 +161,32 @@ def evaluate(basis: Basis, B: Any, where: Any) -> Any:
 
     On the CPU only the functions near each run of positions are made and multiplied.
     """
+    return _then(basis, B, where, B[..., :0, :])
+
+
+def _then(basis: Basis, B: Any, where: Any, x: Any) -> Any:
+    """The signal at `where`, followed by x (..., L, e), in one array (..., T + L, e)."""
     if not isinstance(where, np.ndarray) or not _narrow(basis) or not on_cpu(B):
-        return basis(_beside(where, B)) @ B
-    itemsize = 4 if "32" in str(B.dtype) else 8
-    centers, widths = basis.beside(B)
-    at, runs = like_of(where, B), range(0, where.shape[-1], AT_ONCE)
-    out = np.empty((*where.shape, B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
+        return namespace(B).concat([basis(_beside(where, B)) @ B, x], axis=-2)
+    T, itemsize, (centers, widths) = where.shape[-1], 4 if "32" in str(B.dtype) else 8, basis.beside(B)
+    at, runs = like_of(where, B), [slice(i, min(i + AT_ONCE, T)) for i in range(0, T, AT_ONCE)]
+    out = np.empty((*where.shape[:-1], T + x.shape[-2], B.shape[-1]), B.dtype) if framework(B) == "numpy" else None
     rows = []
     for row in np.ndindex(*where.shape[:-1]):
-        parts = []
-        for first in runs:
-            some = slice(first, first + AT_ONCE)
+        for some in runs:
             t = where[row][some]
             near = basis.felt(t[0], t[-1], itemsize)
             psi = gaussians(at[row][some], centers[near], widths[near])
             if out is None:
-                parts.append(psi @ B[row][near, ...])
+                rows.append(psi @ B[row][near, ...])
             else:
                 np.matmul(psi, B[row][near], out=out[row][some])
-        rows.append(parts)
+        rows.append(x[row])
     if out is not None:
+        out[..., T:, :] = x
         return out
     xp = namespace(B)
-    return xp.reshape(xp.concat([part for parts in rows for part in parts], axis=0), (*where.shape, B.shape[-1]))
+    return xp.reshape(xp.concat(rows, axis=0), (*where.shape[:-1], T + x.shape[-2], B.shape[-1]))
 
 
 def _beside(where: Any, B: Any) -> Any:

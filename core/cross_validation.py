@@ -26,6 +26,7 @@ def validated_ridge(x: Any, basis: Basis, positions: np.ndarray) -> float:
     key = (basis.key, positions.tobytes(), "svd")
     U, S = CACHE.get(key, lambda: _svd(basis, positions), lambda made: sum(a.nbytes for a in made))
     X = np.moveaxis(to_numpy(x).astype(np.float64), -2, 0).reshape(positions.size, -1)  # (L, ...)
+    X = X / (np.abs(X).max(initial=0) or 1)  # its scale changes nothing, and no square of it leaves the range
     power = np.sum((U.T @ X) ** 2, axis=1)  # of X along each singular vector
     outside = max(float(np.sum(X * X)) - float(power.sum()), 0.0)  # of what no penalty changes
     scale = float(np.sum(S * S)) / len(basis)

@@ -27,7 +27,9 @@ class SignalReport:
     Attributes
     ----------
     degrees_of_freedom : float
-        Independent numbers that a fit keeps of each component: tr(A (A + lambda I)^-1), A = F F^T; at most N.
+        Independent numbers kept of each component, tr(A (A + lambda I)^-1), A = F F^T: at most N, and at most the
+        samples. Of a signal by the fit or update it came from; of a memory by every later write, which sees M samples
+        of the old signal too.
     segment, features : int
         Samples an update brings, and how many independent features these were taken to carry.
     error_by_age : float64 array (ages,)
@@ -55,13 +57,18 @@ class SignalReport:
         return "\n".join([*lines, *self.advice])
 
 
-def signal_report(scheme: Scheme, length: int, contraction: float, features: int | None) -> SignalReport:
-    """The report of a signal updated by `scheme` with segments of `length` samples; see Signal.report."""
-    features = checks.count("features", max(length // 16, 1) if features is None else features)
-    features = min(features, length)
+def signal_report(
+    scheme: Scheme, length: int, contraction: float, features: int | None, freedom: float | None = None
+) -> SignalReport:
+    """The report of a signal updated by `scheme` with segments of `length` samples; see Signal.report.
+
+    `freedom`: the degrees of freedom of what it is now, those of an update by default.
+    """
+    features = supposed_features(features, length)
     errors = predicted_errors(scheme, length, contraction, features)
     lasting = int(np.argmax(errors > LOST)) if (errors > LOST).any() else len(errors)
-    freedom, n = scheme.later(contraction, length).degrees_of_freedom, len(scheme.basis)
+    n = len(scheme.basis)
+    freedom = scheme.later(contraction, length).degrees_of_freedom if freedom is None else freedom
     advice = []
     if freedom < WASTED * n:
         advice.append(
@@ -69,6 +76,16 @@ def signal_report(scheme: Scheme, length: int, contraction: float, features: int
             f"lower the ridge, take more samples, or take fewer functions."
         )
     return SignalReport(freedom, length, features, errors, lasting * length, tuple(advice))
+
+
+def supposed_features(features: int | None, length: int) -> int:
+    """`features` of a segment of `length` samples: from 1 to all of them, a sixteenth where it is not said.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    return checks.count("features", max(length // 16, 1) if features is None else features, most=length)
 
 
 def smallest_scheme(
@@ -85,9 +102,10 @@ def smallest_scheme(
     age, best = -(-tokens // length), np.inf
     shares = [1 - part / (age + 1) for part in AROUND if part < age + 1]
     n = 2 ** max(5, math.floor(math.log2(features / max(tau**age * (1 - tau) for tau in shares))) - 1)
+    n = min(n, 2 ** int(math.log2(most)))  # so that the message can say what the most functions reach
     while n <= most:
-        scheme = Scheme(gaussian_basis(n), ridge, max(n, 512))
-        found = {tau: predicted_error(scheme, length, tau, min(features, length), age) for tau in shares}
+        scheme = Scheme(gaussian_basis(n), ridge, 512)
+        found = {tau: predicted_error(scheme, length, tau, features, age) for tau in shares}
         contraction = min(found, key=found.__getitem__)
         best = min(best, found[contraction])
         if best <= error:
@@ -114,10 +132,10 @@ def predicted_errors(scheme: Scheme, length: int, contraction: float, features: 
     of the segment, of equal power: a signal of that many independent features.
     """
     operator = scheme.later(contraction, length)
-    C = scheme.recurrence(operator)  # (N, N)
+    C = scheme.recurrence(contraction, length)  # (N, N)
     positions = scheme.new_positions(contraction, length)
     X = np.cos(np.pi * centred(length)[:, None] * np.arange(features))  # (L, features)
-    B = operator.matrix[:, scheme.samples :] @ X
+    B = operator.matrix[:, scheme.looks(contraction) :] @ X
     errors = np.empty(ages)
     for k in range(ages):
         errors[k] = np.linalg.norm(scheme.basis(positions) @ B - X) / np.linalg.norm(X)

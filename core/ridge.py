@@ -10,7 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,12 @@ def beside(key: Hashable, matrix: np.ndarray, like: Any) -> Any:
 
 
 def fit_operator(
-    basis: Basis, positions: np.ndarray, ridge: float, zeros: np.ndarray | None = None, original: bool = False
+    basis: Basis,
+    positions: np.ndarray,
+    ridge: float,
+    zeros: np.ndarray | None = None,
+    original: bool = False,
+    weights: np.ndarray | None = None,
 ) -> FitOperator:
     """The operator that fits `basis` to samples at `positions`, from the cache where it was made before.
 
@@ -121,6 +126,8 @@ def fit_operator(
         Further positions, at which the signal is held to zero.
     original : bool
         `ridge` is lambda itself, and samples out of reach of every function are let go: the rules of the authors' code.
+    weights : float64 array (L,), optional
+        How much the squared error of each sample counts; all alike by default.
 
     Returns
     -------
@@ -136,18 +143,46 @@ def fit_operator(
     O(N² (N + L)) time the first time, 8 N L bytes. Source: ∞-former (arXiv 2109.00301), equations 5 and 6. Differs
     from the paper in the penalty's scale, unless `original`.
     """
-    key = (basis.key, positions.tobytes(), ridge, None if zeros is None else zeros.tobytes(), original)
+    key = (
+        basis.key,
+        positions.tobytes(),
+        ridge,
+        *(None if a is None else a.tobytes() for a in (zeros, weights)),
+        original,
+    )
     return CACHE.get(
-        key, lambda: _factorise(basis, positions, ridge, zeros, original, key), lambda made: made.matrix.nbytes
+        key, lambda: _factorise(basis, positions, ridge, zeros, original, weights, key), lambda made: made.matrix.nbytes
     )
 
 
+def held(operator: FitOperator, samples: int, times: int) -> FitOperator:
+    """The operator for samples of which the last `samples` each stand for `times` columns."""
+
+    def make() -> FitOperator:
+        first = operator.matrix.shape[1] - times * samples
+        sums = operator.matrix[:, first:].reshape(-1, samples, times).sum(axis=2)
+        matrix = np.concatenate([operator.matrix[:, :first], sums], axis=1)
+        matrix.setflags(write=False)
+        freedom = min(operator.degrees_of_freedom, matrix.shape[1])
+        return replace(operator, matrix=matrix, degrees_of_freedom=freedom, key=(operator.key, "held", times))
+
+    return CACHE.get((operator.key, "held", times), make, lambda made: made.matrix.nbytes)
+
+
 def _factorise(
-    basis: Basis, positions: np.ndarray, ridge: float, zeros: np.ndarray | None, original: bool, key: Hashable
+    basis: Basis,
+    positions: np.ndarray,
+    ridge: float,
+    zeros: np.ndarray | None,
+    original: bool,
+    weights: np.ndarray | None,
+    key: Hashable,
 ) -> FitOperator:
     if not original:
         in_reach(basis, positions)
     F = transposed(basis, positions)  # (N, L)
+    if weights is not None:
+        F *= np.sqrt(weights)
     made = None if original else _by_blocks(basis, F, ridge)
     if made is None:
         everywhere = F if zeros is None else np.concatenate([F, basis(zeros).T], axis=1)  # (N, L + Z)
@@ -159,8 +194,11 @@ def _factorise(
             matrix, condition = _qr(everywhere, positions.size, penalty)
     else:
         matrix, penalty, condition = made
+    freedom = float(np.vdot(matrix, F))
+    if weights is not None:
+        matrix *= np.sqrt(weights)
     matrix.setflags(write=False)
-    return FitOperator(matrix, penalty, condition, float(np.vdot(matrix, F)), key)
+    return FitOperator(matrix, penalty, condition, freedom, key)
 
 
 def transposed(basis: Basis, positions: np.ndarray) -> np.ndarray:

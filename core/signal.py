@@ -37,6 +37,8 @@ class Signal:
         How many samples the last fit or update brought.
     original : bool
         Whether positions, padding and penalty follow the authors' code; `ridge` is then lambda itself.
+    degrees_of_freedom : float, optional
+        How many independent numbers of each component the last fit or update kept, where that is known.
     """
 
     coefficients: Any
@@ -45,6 +47,7 @@ class Signal:
     dtype: Any
     segment: int
     original: bool = False
+    degrees_of_freedom: float | None = None
 
     def __repr__(self) -> str:
         lead, width = tuple(self.coefficients.shape[:-2]), self.coefficients.shape[-1]
@@ -93,7 +96,7 @@ class Signal:
         contraction : float
             tau, strictly between 0 and 1.
         samples : int
-            M: at how many positions the old signal is looked at.
+            M: at how many positions at least the old signal is looked at; narrow functions ask for more.
         where : array (..., D), optional
             Attention over D equal bins of [0, 1]: the old signal is looked at where its mass lies (sticky memory), and
             uniformly in rows without mass. Leading axes broadcast to the signal's.
@@ -125,9 +128,13 @@ class Signal:
         checks.measurable(x_new=x_new)
         checks.generator("rng", rng)
         x_new = cast(x_new, B.dtype)
-        at = None if where is None else resample(self._histogram(where), M, rng)
-        made = updated(Scheme(self.basis, self.ridge, M, self.original), B, x_new, tau, at)
-        return replace(self, coefficients=made, segment=x_new.shape[-2])
+        scheme, length = Scheme(self.basis, self.ridge, M, self.original), x_new.shape[-2]
+        at = None if where is None else resample(self._histogram(where), scheme.looks(tau), rng)
+        made = updated(scheme, B, x_new, tau, at)
+        freedom = scheme.later(tau, length).degrees_of_freedom
+        if self.degrees_of_freedom is not None:
+            freedom = min(freedom, self.degrees_of_freedom + length)  # however often the old signal is looked at
+        return replace(self, coefficients=made, segment=length, degrees_of_freedom=freedom)
 
     def _histogram(self, where: Any) -> np.ndarray:
         """`where` as float64 (..., D) in host memory, with the signal's leading axes."""
@@ -136,8 +143,8 @@ class Signal:
         checks.floating_arrays(where=where)
         checks.shape("where", where, "D")
         lead = tuple(self.coefficients.shape[:-2])
-        checks.leading(coefficients=(self.coefficients, 2), where=(where, 1))
-        if where.shape[-1] == 0 or where.ndim - 1 > len(lead):
+        common = checks.leading(coefficients=(self.coefficients, 2), where=(where, 1))
+        if where.shape[-1] == 0 or where.ndim - 1 > len(lead) or common != lead:
             raise ShapeError("where", f"(..., D) with leading axes {lead}", str(tuple(where.shape)), "Reshape it.")
         return np.broadcast_to(to_numpy(where).astype(np.float64), (*lead, where.shape[-1]))
 
@@ -148,7 +155,7 @@ class Signal:
         samples: int = 512,
         features: int | None = None,
     ) -> SignalReport:
-        """What this signal can hold if it is updated from here on with segments of `segment` samples.
+        """What this signal holds, and for how long if it is updated from here on with segments of `segment` samples.
 
         Parameters
         ----------
@@ -169,7 +176,8 @@ class Signal:
         """
         scheme = Scheme(self.basis, self.ridge, checks.count("samples", samples), self.original)
         length = self.segment if segment is None else checks.count("segment", segment)
-        return signal_report(scheme, length, checks.number("contraction", contraction, 0, 1), features)
+        tau = checks.number("contraction", contraction, 0, 1)
+        return signal_report(scheme, length, tau, features, self.degrees_of_freedom)
 
 
 def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) -> Signal:
@@ -233,7 +241,7 @@ def fit(x: Any, basis: Basis, ridge: float | str = 1e-3, positions: Any = None) 
     used = validated_ridge(x, basis, where) if fixed is None else fixed
     operator = fit_operator(basis, where, used)
     coefficients = apply(operator.key, operator.matrix, wide)
-    return Signal(coefficients, basis, used, x.dtype, length)
+    return Signal(coefficients, basis, used, x.dtype, length, degrees_of_freedom=operator.degrees_of_freedom)
 
 
 def weighted(seen: Any, B: Any, dtype: Any) -> Any:

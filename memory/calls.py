@@ -65,12 +65,8 @@ class Calls:
         BackendError, ArgumentError
             It stays where it is.
         """
-        while True:
-            guard = self.guard(entry)
-            with entry.lock:
-                if entry.guard is guard:  # else it left main memory in between
-                    guard.memory, entry.home = guard.memory.to(**home), home  # type: ignore[attr-defined]
-                    return
+        with self._held(entry) as guard:
+            guard.memory, entry.home = guard.memory.to(**home), home  # type: ignore[attr-defined]
 
     def write(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], source: str | None) -> None:
         """Write now, and remember the call for the commit; a rejected call changes nothing.
@@ -128,8 +124,13 @@ class Calls:
     def writing(self, entry: Entry) -> Iterator[Guard]:
         """With an open memory to oneself."""
         self.session.usable(write=True)
+        with self._held(entry) as guard:
+            yield guard
+
+    @contextlib.contextmanager
+    def _held(self, entry: Entry) -> Iterator[Guard]:
         while True:
-            guard = self.shelf.guard(entry)
+            guard = self.guard(entry)
             with entry.lock:
                 entry.alive()
                 if entry.guard is guard:  # else it left main memory in between

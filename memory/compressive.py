@@ -7,15 +7,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..backends.arrays import cast, namespace
-from ..backends.errors import ArgumentError, ShapeError
+from ..backends.arrays import cast, computing_dtype, namespace
+from ..backends.errors import ArgumentError, NonFiniteError, ShapeError
 from ..backends.exchange import like as like_of
 from ..backends.exchange import to_numpy
 from ..core import checks
-from ..core.compression import METHODS, checked_weights, compress
+from ..core.compression import METHODS, checked_weights, compressed, most_used
 from .lock import exclusive, shared
 from .rows import detached, listed
 from .state import pack, rebuilt
+from .window import Change
 from .windowed import Windowed
 
 
@@ -44,7 +45,7 @@ class CompressiveMemory(Windowed):
     Raises
     ------
     ArgumentError, ShapeError
-        A size below 1, an unknown choice, or weights that the method does not take.
+        A size below 1, an unknown choice, or weights that the method does not take or that are not finite.
 
     Notes
     -----
@@ -78,7 +79,7 @@ class CompressiveMemory(Windowed):
         super().__init__(rows, dim, capacity, dtype)
         self.compressed = checks.count("compressed", compressed)
         self.rate, self.method = checks.count("rate", rate), checks.choice("method", method, METHODS)
-        self.weights = checked_weights(self.method, self.rate, self.dim, weights)
+        self.weights = self._checked(weights)
         self._older, self._recent = self._window(self.compressed), self._window(self.capacity + self.rate - 1)
         self._windows = {"older": self._older, "recent": self._recent}
 
@@ -89,29 +90,46 @@ class CompressiveMemory(Windowed):
 
     def _append(self, x: Any, present: np.ndarray, chosen: list[int]) -> None:
         weights = self._weights_beside(x)
-        gone, usage, leaving = self._recent.append(x, present, chosen, self.capacity, self.rate)
-        blocks = leaving // self.rate
-        if not blocks.any():
-            return
+        recent = self._recent.prepare(x, present, chosen, self.capacity, self.rate)
+        blocks = recent.leaving // self.rate
+        if blocks.any():  # all that can fail, before any state has changed
+            summaries = self._summaries(recent, weights)
+            kept = np.arange(summaries.shape[1]) < blocks[:, None]
+            older = self._older.prepare(summaries, kept, chosen, self.compressed, 1)
+            self._older.accept(older)
+        self._recent.accept(recent)
+
+    def _summaries(self, recent: Change, weights: tuple[Any, ...]) -> Any:
+        """What leaves the recent states, (listed, E, dim), as (listed, E/rate, dim), as it is stored."""
+        gone = recent.gone
         if self.method == "most_used":  # how many a row keeps depends on how many left
-            summaries = self._most_used(gone, usage, leaving)
-        else:
-            summaries = compress(gone, self.rate, self.method, weights)
-        kept = np.arange(summaries.shape[1]) < blocks[:, None]
-        self._older.append(cast(detached(summaries), x.dtype), kept, chosen, self.compressed, 1)
+            return self._most_used(gone, recent.gone_usage, recent.leaving)
+        wide = cast(gone, computing_dtype(gone))
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is about to be told
+            made = cast(detached(compressed(wide, self.rate, self.method, weights)), gone.dtype)
+        if not checks.all_finite(made):
+            expected = f"states whose summaries stay within the range of {self.dtype}"
+            raise NonFiniteError("x", expected, "some beyond it", "Scale the states, or the weights.")
+        return made
 
     def _most_used(self, gone: Any, usage: np.ndarray, leaving: np.ndarray) -> Any:
         xp, most = namespace(gone), gone.shape[1] // self.rate
         rows = []
         for i, left in enumerate(leaving):
             of_row = gone[i, : int(left), ...]
-            kept = compress(of_row, self.rate, "most_used", (), like_of(usage[i, :left], gone, gone.dtype))
+            kept = most_used(of_row, self.rate, like_of(usage[i, :left], gone, gone.dtype))
             rows.append(xp.concat([kept, xp.zeros_like(gone[i, : most - kept.shape[0], ...])], axis=0))
         return xp.stack(rows)
 
+    def _checked(self, weights: Any) -> tuple[Any, ...]:
+        """`weights`, if they are those that the method takes, and finite."""
+        weights = checked_weights(self.method, self.rate, self.dim, weights)
+        checks.finite(**{f"weights[{i}]": w for i, w in enumerate(weights)})
+        return weights
+
     def _weights_beside(self, x: Any) -> tuple[Any, ...]:
-        weights = checked_weights(self.method, self.rate, self.dim, self.weights)
-        return tuple(like_of(to_numpy(detached(w)), x, x.dtype) for w in weights)
+        weights = self._checked(self.weights)
+        return tuple(like_of(to_numpy(detached(w)), x, computing_dtype(x)) for w in weights)
 
     @exclusive
     def attended(self, weights: Any, rows: Sequence[int] | None = None) -> None:

@@ -51,7 +51,7 @@ class ContinuousMemory(Foresight, Savable):
     sticky : bool
         Whether writes keep more of the old signal where attention fell.
     samples : int
-        M: at how many positions a write looks at the old signal.
+        M: at how many positions a write looks at the old signal; more of them where narrow functions need it.
     segment : int, optional
         Tokens for which `contraction` holds: a write of n contracts by contraction^(n/segment), so that time passes
         by the token, however many come at once. None: every write contracts alike, as in the paper.
@@ -74,7 +74,8 @@ class ContinuousMemory(Foresight, Savable):
     BackendError
         A device that is not there, or cannot compute; DeviceMemoryError where it is full.
     ArgumentError
-        A size below 1, an unknown choice, contraction outside (0, 1), or a negative ridge.
+        A size below 1, an unknown choice, contraction outside (0, 1), a negative ridge, or a segment so long that
+        contraction^(1/segment) rounds to 1.
 
     Notes
     -----
@@ -84,7 +85,8 @@ class ContinuousMemory(Foresight, Savable):
     bounded cache.
     Source: Martins et al., "∞-former: Infinite Memory Transformer" (ACL 2022, arXiv 2109.00301), section 3. Differs
     from the paper in that samples stand at midpoints, no zeros are fitted outside [0, 1], the penalty is relative, the
-    density is cut to [0, 1], and sticky positions are drawn systematically inside the bins.
+    density is cut to [0, 1], sticky positions are drawn systematically inside the bins, and samples too sparse for the
+    functions are made up for, so that no stream makes the signal grow.
 
     Examples
     --------
@@ -122,6 +124,8 @@ class ContinuousMemory(Foresight, Savable):
         self.basis = basis if isinstance(basis, Basis) else gaussian_basis(checks.count("basis", basis))
         self.contraction, self.sticky = checks.number("contraction", contraction, 0, 1), bool(sticky)
         self.segment = None if segment is None else checks.count("segment", segment)
+        if self.segment and self.contraction ** (1 / self.segment) == 1:  # nothing would be left for a token
+            raise ArgumentError("segment", "a length whose tokens have room", repr(segment), "Pass a shorter segment.")
         self.density, self.bins = checks.choice("density", density, DENSITIES), checks.count("bins", bins)
         self.dtype = checks.choice("dtype", dtype, DTYPES)
         self.compat = None if compat is None else checks.choice("compat", compat, COMPATIBLE)
@@ -197,14 +201,21 @@ class ContinuousMemory(Foresight, Savable):
         chosen = listed(rows, self.rows)
         x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
         histogram = None
-        if self.sticky and attention is not None:
+        if attention is not None:
             edges = original.edges() if self.compat else np.arange(self.bins + 1) / self.bins
             histogram = histogram_of(attention, len(chosen), edges, self.density, exact=self.compat is not None)
+            histogram = histogram if self.sticky else None
         if draws is not None:
             if not self.compat:
                 raise ArgumentError("draws", "None without compat", "an array", "Pass compat='infinite-former'.")
             draws = bins_drawn("draws", draws, (len(chosen), self.scheme.samples), self.bins)
-        self._signals.append(x, present, chosen, histogram, draws)
+        generator = self._signals.rng.bit_generator
+        drawn_from = generator.state
+        try:
+            self._signals.append(x, present, chosen, histogram, draws)
+        except BaseException:
+            generator.state = drawn_from  # what was drawn for a write that failed is drawn again
+            raise
         self._last_segment = int(present.sum(axis=1).max(initial=0)) or self._last_segment
 
     def read(self, mean: Any, variance: Any, density: str | None = None, rows: Sequence[int] | None = None) -> Reading:

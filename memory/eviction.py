@@ -1,12 +1,39 @@
-"""Which tokens leave a full row of a HybridMemory, and how the attention that decides it is noted."""
+"""Which tokens leave a full row of a HybridMemory, what a write then changes, and how attention is noted."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 EVICTIONS = ("fifo", "least_attended")
 FADING = 0.9  # what a write leaves of the attention noted before it
 PROTECTED = 0.5  # share of the newest tokens that "least_attended" never evicts: they have had no time to be read
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a write comes to in one row, before anything is done.
+
+    Attributes
+    ----------
+    row : int
+    keys, values, tags : arrays (heads, n, dim), (heads, n, value_dim) and (n,)
+        What is written to the exact part: behind what it holds, or `anew`.
+    anew : bool
+    used : array (tokens,)
+        The attention noted of the tokens it then holds.
+    out : array (leaving, width)
+        What leaves for the signal.
+    """
+
+    row: int
+    keys: np.ndarray
+    values: np.ndarray
+    tags: np.ndarray
+    anew: bool
+    used: np.ndarray
+    out: np.ndarray
 
 
 def faded(used: np.ndarray, new: int) -> np.ndarray:

@@ -7,10 +7,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..backends.errors import ArgumentError
 from ..core import checks
 from ..core.basis import positions_in
 from ..core.consolidation import Scheme
-from ..core.report import SignalReport, signal_report, smallest_scheme
+from ..core.report import SignalReport, signal_report, smallest_scheme, supposed_features
 from ..core.signal import penalty
 from .lock import ReadWriteLock, shared
 from .rows import listed
@@ -51,7 +52,7 @@ class Foresight:
         segment : int
             Tokens a write brings.
         features : int, optional
-            How many independent features a segment carries; segment/16 by default.
+            How many independent features a segment carries, from 1 to `segment`; segment/16 by default.
         most : int
             Largest N tried.
         **settings
@@ -65,10 +66,16 @@ class Foresight:
         Raises
         ------
         ArgumentError
-            No N up to `most` reaches it; the message names the best error there.
+            No N up to `most` reaches it; the message names the best error there. Or a setting that is chosen here:
+            basis, contraction, samples.
         """
+        for name in ("basis", "contraction", "samples"):
+            if name in settings:
+                raise ArgumentError(
+                    name, "None given, for it is chosen here", repr(settings[name]), f"Leave {name} out."
+                )
         length = checks.count("segment", segment)
-        features = checks.count("features", max(length // 16, 1) if features is None else features)
+        features = supposed_features(features, length)
         ridge = penalty(settings.pop("ridge", 1e-3))
         scheme, contraction = smallest_scheme(
             checks.count("tokens", tokens),

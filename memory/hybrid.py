@@ -1,4 +1,4 @@
-"""Recent tokens exactly, all older ones as a continuous signal, and one softmax over both."""
+"""Recent tokens exactly, all older ones as a continuous signal, and one softmax over what a read finds of both."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any, Self, cast
 
 import numpy as np
 
+from ..backends.arrays import computing_dtype
+from ..backends.errors import ArgumentError
 from ..backends.exchange import like, to_numpy
 from ..core import checks
 from ..core.attention import Reading, masked_softmax, merge
 from ..core.positions import centred
 from ..core.retrieval import Neighbours
 from .continuous import ContinuousMemory
-from .eviction import EVICTIONS, evicted, faded, share
+from .eviction import EVICTIONS, Change, evicted, faded, share
 from .file import Savable
 from .knn import KNNMemory
 from .lock import ReadWriteLock, exclusive, shared
 from .rows import listed, present_tokens
-from .state import counts, pack, rebuilt, required
+from .state import UNALTERED, counts, pack, rebuilt, required
 
 
 class HybridMemory(Savable):
@@ -44,19 +46,21 @@ class HybridMemory(Savable):
     dtype : {"float32", "float16", "float64"}
         What exact keys and values are stored as.
     **settings
-        `settings` are passed on to the ContinuousMemory: basis, ridge, sticky, samples, seed and so on.
+        `settings` are passed on to the ContinuousMemory: basis, ridge, sticky, samples, seed and so on; not `compat`,
+        whose 128 bins are not the `slots`.
 
     Raises
     ------
     ArgumentError
-        A size below 1, or an unknown choice.
+        A size below 1, an unknown choice, or `compat`.
 
     Notes
     -----
     Bytes: those of both memories, constant once a row is full. The places of the signal stand for many tokens each: a
-    read adds the logarithm of how many to their scores, so that one softmax covers every token ever written, those in
-    the signal smoothed. The attention that falls on the signal decides what its next write keeps (sticky), and the
-    attention that falls on tokens what leaves ("least_attended").
+    read adds the logarithm of how many to their scores. One softmax then covers the k exact tokens nearest to a query
+    and, smoothed, every token that has left; exact tokens beyond the k nearest have no part in it, so that only a k of
+    at least `capacity` covers all that was ever written. The attention that falls on the signal decides what its next
+    write keeps (sticky), and the attention that falls on tokens what leaves ("least_attended").
     A write costs O(n) and a continuous write of what leaves; with "least_attended" also O(capacity) for the copy.
     Sources: Memorizing Transformers (arXiv 2203.08913), section 3; ∞-former (arXiv 2109.00301), section 3. Neither
     combines the two.
@@ -95,6 +99,8 @@ class HybridMemory(Savable):
         self.rows, self.heads, self.dim, self.value_dim = rows, heads, dim, self.recent.value_dim
         self.capacity, self.slots = capacity, checks.count("slots", slots)
         self.eviction = checks.choice("eviction", eviction, EVICTIONS)
+        if settings.get("compat") is not None:
+            raise ArgumentError("compat", "None in a HybridMemory", repr(settings["compat"]), "Use a ContinuousMemory.")
         width = heads * (dim + self.value_dim)
         self.older = ContinuousMemory(rows, width, contraction=contraction, segment=segment, **settings)
         self._used = [np.zeros(0) for _ in range(rows)]  # attention each exact token drew, the oldest first
@@ -141,41 +147,51 @@ class HybridMemory(Savable):
         self.recent._encoded(keys, values)  # what cannot be stored, now or once it leaves, is refused before any change
         for i in range(len(chosen)):
             checks.measurable(keys_and_values=self._joined(keys[i], values[i]))
-        for i, row in enumerate(chosen):
-            self._write_row(row, keys[i][:, present[i]], values[i][:, present[i]])
+        changes = [self._change(row, keys[i][:, present[i]], values[i][:, present[i]]) for i, row in enumerate(chosen)]
+        self._release([change for change in changes if len(change.out)])  # may fail, before any row has changed
+        for change in changes:
+            if change.anew:
+                self.recent.clear([change.row])
+            new_keys, new_values, tags = (array[None] for array in (change.keys, change.values, change.tags))
+            self.recent.write(new_keys, new_values, rows=[change.row], tags=tags)
+            self._used[change.row] = change.used
+        self.written[chosen] += present.sum(axis=1)
 
-    def _write_row(self, row: int, keys: np.ndarray, values: np.ndarray) -> None:
-        """Append keys (heads, n, dim) and values (heads, n, value_dim) to one row."""
+    def _change(self, row: int, keys: np.ndarray, values: np.ndarray) -> Change:
+        """What appending keys (heads, n, dim) and values (heads, n, value_dim) to one row comes to."""
         store, n = self.recent._rows[row], keys.shape[1]
         positions = np.arange(self.written[row], self.written[row] + n)
         leaving = max(store.stored + n - self.capacity, 0)
-        self.written[row] += n
         used = faded(self._used[row], n)
-        if not leaving:
-            self.recent.write(keys[None], values[None], rows=[row], tags=positions[None])
-            self._used[row] = used
-            return
         order = np.arange(store.oldest, store.written) % store.capacity  # slots, the oldest first
-        if self.eviction == "fifo" and leaving <= store.stored:
+        if not leaving or (self.eviction == "fifo" and leaving <= store.stored):
             gone = np.arange(leaving)
             old_keys, old_values = (store.numbers(name, np.s_[:, order[:leaving]]) for name in ("keys", "values"))
             out = self._joined(old_keys, old_values)
-            self.recent.write(keys[None], values[None], rows=[row], tags=positions[None])
-        else:
-            pairs = (("keys", keys), ("values", values))
-            all_keys, all_values = (
-                np.concatenate([store.numbers(name, np.s_[:, order]), new], axis=1) for name, new in pairs
-            )
-            tags = np.concatenate([store.arrays["tags"][0, order] if store.stored else order, positions])
-            gone = evicted(used, leaving, self.eviction)
-            kept = np.delete(np.arange(used.size), gone)
-            out = self._joined(all_keys[:, gone], all_values[:, gone])
-            self.recent.clear([row])
-            self.recent.write(all_keys[None, :, kept], all_values[None, :, kept], rows=[row], tags=tags[None, kept])
-        self._used[row] = np.delete(used, gone)
-        self.older.write(out[None], attention=self._looked[[row]], rows=[row])
-        self._looked[row] = 0
-        self._places.pop(row, None)
+            return Change(row, keys, values, positions, False, np.delete(used, gone), out)
+        pairs = (("keys", keys), ("values", values))
+        all_keys, all_values = (
+            np.concatenate([store.numbers(name, np.s_[:, order]), new], axis=1) for name, new in pairs
+        )
+        tags = np.concatenate([store.arrays["tags"][0, order] if store.stored else order, positions])
+        gone = evicted(used, leaving, self.eviction)
+        kept = np.delete(np.arange(used.size), gone)
+        out = self._joined(all_keys[:, gone], all_values[:, gone])
+        return Change(row, all_keys[:, kept], all_values[:, kept], tags[kept], True, used[kept], out)
+
+    def _release(self, changes: list[Change]) -> None:
+        """Let what leaves flow into the signals of all rows at once: all of it, or nothing where that fails."""
+        if not changes:
+            return
+        rows, lengths = [change.row for change in changes], np.array([len(change.out) for change in changes])
+        out = np.zeros((len(rows), lengths.max(), self.older.dim), self.older.dtype)
+        for i, change in enumerate(changes):
+            out[i, : lengths[i]] = change.out
+        mask = np.arange(out.shape[1]) < lengths[:, None]
+        self.older.write(out, attention=self._looked[rows], rows=rows, mask=mask)
+        self._looked[rows] = 0
+        for row in rows:
+            self._places.pop(row, None)
 
     def _joined(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Keys and values of all heads side by side: one vector a token, (n, width)."""
@@ -212,13 +228,15 @@ class HybridMemory(Savable):
         Where attention fell is noted, for the next write.
         """
         scale = 1 / math.sqrt(self.dim) if scale is None else checks.number("scale", scale)
-        near = self.recent.read(queries, k, scale, rows)
         chosen = listed(rows, self.rows)
+        if not chosen:
+            return self._nothing(queries, k)
+        near = self.recent.read(queries, k, scale, chosen)
         found = cast(Neighbours, near.neighbours)  # a KNNMemory always says what it found
         dtype = self.recent.computing
-        asked = to_numpy(queries).astype(dtype).reshape(len(chosen), self.heads, -1, self.dim)  # (rows, heads, g q, d)
+        asked = to_numpy(queries).astype(dtype).reshape(self._grouped(queries))  # (rows, heads, g q, d)
         near_lse = to_numpy(near.lse).reshape(asked.shape[:3])
-        scores, positions = (to_numpy(a).reshape(*asked.shape[:3], -1) for a in (found.scores, found.positions))
+        scores, positions = (to_numpy(a).reshape(*asked.shape[:3], k) for a in (found.scores, found.positions))
         outputs, lses = np.zeros((*asked.shape[:3], self.value_dim), dtype), np.empty(asked.shape[:3], dtype)
         for i, row in enumerate(chosen):
             keys, values, logs = self._sampled(row, dtype)
@@ -237,6 +255,21 @@ class HybridMemory(Savable):
         both = merge(near, far)
         tags = found.positions if found.tags is None else found.tags
         return Reading(both.output, both.lse, Neighbours(found.scores, tags))
+
+    def _grouped(self, queries: Any) -> tuple[int, int, int, int]:
+        """The shape of queries (rows, query_heads, q, dim) by the head they read."""
+        rows, query_heads, q, dim = queries.shape
+        return rows, self.heads, query_heads // self.heads * q, dim
+
+    def _nothing(self, queries: Any, k: int) -> Reading:
+        """The reading of no rows."""
+        checks.neighbours(k, self.capacity)
+        checks.floating_arrays(queries=queries)
+        checks.shape("queries", queries, 0, "query_heads", "q", self.dim, whole=True)
+        lead, wide = tuple(queries.shape[:3]), computing_dtype(queries)
+        output, lse = like(np.zeros((*lead, self.value_dim)), queries), like(np.zeros(lead), queries, wide)
+        scores, positions = like(np.zeros((*lead, k)), queries), like(np.zeros((*lead, k), np.int64), queries)
+        return Reading(output, lse, Neighbours(scores, positions))
 
     def _sampled(self, row: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Keys (heads, slots, dim), values (heads, slots, value_dim), and the logarithm of the tokens of each slot."""
@@ -284,8 +317,23 @@ class HybridMemory(Savable):
         memory = rebuilt(cls, config, basis=1)
         memory.recent = KNNMemory.from_state_dict(parts["recent"])
         memory.older = ContinuousMemory.from_state_dict(parts["older"])
+        memory._hold_the_same()
         memory._looked = required(arrays, "looked", (memory.rows, memory.slots), np.float64)
         memory.written = counts(arrays, "written", memory.rows)
         for row, tokens in enumerate(memory.recent.tokens):
             memory._used[row] = required(arrays, f"used.{row}", (int(tokens),), np.float64)
         return memory
+
+    def _hold_the_same(self) -> None:
+        """Both parts are of the sizes that the whole is.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        recent, older = self.recent, self.older
+        width = self.heads * (self.dim + self.value_dim)
+        wanted = self.rows, self.heads, self.dim, self.value_dim, self.capacity, self.rows, width
+        came = recent.rows, recent.heads, recent.dim, recent.value_dim, recent.capacity, older.rows, older.dim
+        if came != wanted:
+            raise ArgumentError("state", f"two memories of sizes {wanted}", str(came), UNALTERED)

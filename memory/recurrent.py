@@ -56,7 +56,8 @@ class RecurrentMemory(Windowed):
         return self._windows["window"].stored.copy()
 
     def _append(self, x: Any, present: np.ndarray, chosen: list[int]) -> None:
-        self._windows["window"].append(x, present, chosen, self.capacity, 1)
+        window = self._windows["window"]
+        window.accept(window.prepare(x, present, chosen, self.capacity, 1))
 
     @shared
     def state_dict(self) -> dict[str, np.ndarray]:

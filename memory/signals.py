@@ -17,6 +17,8 @@ from .rows import detached, taken
 from .sticky import drawn_bins
 from .timeline import Kept, Timeline
 
+NOTHING = 1e-12  # of the room: what a write leaves at least, for a 0 could not be divided by
+
 
 class Signals:
     """Coefficients (rows, N, dim), tokens written, and which token each place shows.
@@ -61,9 +63,12 @@ class Signals:
         at_home = framework(array) == framework(self.coefficients) and array.device == self.coefficients.device
         return array if at_home else self.place.take(array)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "coefficients": detached(self.coefficients)}  # a graph can be neither copied nor saved
+
     def contraction_of(self, length: int) -> float:
         """What a write of `length` tokens leaves of the room to the old signal."""
-        return self.contraction ** (1 if self.segment is None else length / self.segment)
+        return max(self.contraction ** (1 if self.segment is None else length / self.segment), NOTHING)
 
     def beside(self, x: Any, keep_graph: bool = False) -> Any:
         """The coefficients in the framework and on the device of x."""
@@ -121,9 +126,9 @@ class Signals:
             made = updated_in_bins(scheme, B, x, contraction, original.left_edges(), counts)
             return made, np.sort(draws, axis=1) / original.BINS
         if histogram is None:
-            evenly = np.broadcast_to(scheme.old_positions(), (x.shape[0], scheme.samples))
+            evenly = scheme.old_positions(contraction)[None].repeat(x.shape[0], axis=0)
             return updated(scheme, B, x, contraction), evenly
-        where = resample(histogram, scheme.samples, self.rng)
+        where = resample(histogram, scheme.looks(contraction), self.rng)
         made = updated(scheme, B, x, contraction, where)
         return made, where if isinstance(where, np.ndarray) else send(where)  # the timeline can wait for it
 

@@ -10,8 +10,6 @@ import numpy as np
 from ..backends.parcels import Parcel
 
 KNOTS = 513  # places at which the monotone map from [0, 1] to tokens is held, linear between
-
-
 MOST_WAITING = 64  # contractions whose positions are on their way; then the first, which have arrived, are done
 
 

@@ -28,6 +28,29 @@ class States:
     mask: Any
 
 
+@dataclass(frozen=True)
+class Change:
+    """What an append makes of a window, before it is done.
+
+    Attributes
+    ----------
+    states, usage, stored : arrays
+        The window's own afterwards.
+    gone : array (listed, E, dim)
+        The states that leave, left-aligned.
+    gone_usage : float64 array (listed, E)
+    leaving : int64 array (listed,)
+        How many leave in each row.
+    """
+
+    states: Any
+    usage: np.ndarray
+    stored: np.ndarray
+    gone: Any
+    gone_usage: np.ndarray
+    leaving: np.ndarray
+
+
 class Window:
     """At most `width` states a row. They live in the framework and on the device of what was last appended."""
 
@@ -47,13 +70,10 @@ class Window:
             return self.states
         return like(to_numpy(self.states), x, getattr(namespace(x), self.dtype))
 
-    def append(
-        self, x: Any, present: np.ndarray, listed: list[int], keep: int, rate: int
-    ) -> tuple[Any, np.ndarray, np.ndarray]:
-        """Append x (listed, n, dim) where `present` (listed, n); of what exceeds `keep`, blocks of `rate` leave.
+    def prepare(self, x: Any, present: np.ndarray, listed: list[int], keep: int, rate: int) -> Change:
+        """All of an append but the doing: x (listed, n, dim) where `present` (listed, n), `listed` not empty.
 
-        Returns the states that left, (listed, E, dim), left-aligned, their usage (listed, E), and how many left in each
-        row (listed,).
+        Of what exceeds `keep`, blocks of `rate` leave.
         """
         xp, old = namespace(x), detached(self.beside(x))
         joined = xp.concat([xp.stack([old[r, ...] for r in listed]), detached(x)], axis=1)
@@ -70,15 +90,18 @@ class Window:
         kept = np.take_along_axis(order, np.where(slots >= 0, leaving[:, None] + slots, 0), axis=1)
         new = _picked(joined, kept, slots >= 0)
         whole = listed == list(range(self.rows))
-        self.states = (
-            new
-            if whole
-            else xp.stack([new[listed.index(r), ...] if r in listed else old[r, ...] for r in range(self.rows)])
-        )
-        self.usage[listed] = np.where(slots >= 0, np.take_along_axis(usage, kept, axis=1), 0)
-        self.stored[listed] = stays
+        if not whole:
+            new = xp.stack([new[listed.index(r), ...] if r in listed else old[r, ...] for r in range(self.rows)])
+        all_usage, stored = self.usage.copy(), self.stored.copy()
+        all_usage[listed] = np.where(slots >= 0, np.take_along_axis(usage, kept, axis=1), 0)
+        stored[listed] = stays
         left = columns < leaving[:, None]
-        return _picked(joined, gone, left), np.where(left, np.take_along_axis(usage, gone, axis=1), 0), leaving
+        gone_usage = np.where(left, np.take_along_axis(usage, gone, axis=1), 0)
+        return Change(new, all_usage, stored, _picked(joined, gone, left), gone_usage, leaving)
+
+    def accept(self, change: Change) -> None:
+        """The append that was prepared."""
+        self.states, self.usage, self.stored = change.states, change.usage, change.stored
 
     def read(self, x: Any, listed: list[int]) -> States:
         """The states of the rows `listed`, beside x."""

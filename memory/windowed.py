@@ -55,7 +55,9 @@ class Windowed(Savable):
             In every case nothing has been written.
         """
         chosen = listed(rows, self.rows)
-        self._append(*segment(x, len(chosen), self.dim, mask, self.dtype), chosen)
+        x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
+        if chosen:
+            self._append(x, present, chosen)
 
     def _append(self, x: Any, present: np.ndarray, chosen: list[int]) -> None:
         raise NotImplementedError
@@ -117,5 +119,6 @@ class Windowed(Savable):
             states = required(arrays, f"{name}.states", shape, np.dtype(window.dtype))
             checks.finite(**{f"state['{name}.states']": states})
             usage = required(arrays, f"{name}.usage", shape[:2], np.float64)
+            checks.finite(**{f"state['{name}.usage']": usage})
             stored = counts(arrays, f"{name}.stored", shape[0], window.width)
             window.states, window.usage, window.stored = states, usage, stored

@@ -101,8 +101,8 @@ def test_a_narrow_basis_is_solved_as_if_it_were_not(rng, widths, spans):
     assert np.abs(made.matrix - wanted).max() < 1e-9 * np.abs(wanted).max()
     scheme = Scheme(basis, 1e-3, 200)
     operator = scheme.later(0.5, 100)
-    C = operator.matrix[:, :200] @ basis(scheme.old_positions())
-    assert np.abs(scheme.recurrence(operator) - C).max() < 1e-13 * np.abs(C).max()
+    C = operator.matrix[:, : scheme.looks(0.5)] @ basis(scheme.old_positions(0.5))
+    assert np.abs(scheme.recurrence(0.5, 100) - C).max() < 1e-13 * np.abs(C).max()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -175,3 +175,11 @@ def test_cache_is_shared_and_bounded():
     for length in range(1, 513):
         ridge.fit_operator(basis, centred(length), 1e-3)
     assert ridge.CACHE.nbytes <= ridge.CACHE_BYTES
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_point_on_an_edge_belongs_to_the_bin_on_its_right(dtype):
+    for n in range(1, 200):
+        seen = rectangular_basis(n)((np.arange(n + 1) / n).astype(dtype))
+        assert np.array_equal(seen, np.eye(n)[[*range(n), n - 1]])
+    assert np.array_equal(Basis([0.1, 0.5], [0.2, 0.6], "rectangular").edges, [0, 0.2, 0.8])

@@ -105,6 +105,12 @@ def test_the_baselines_see_what_they_say(tiny):
     kept = with_cache(tiny.model, ids, 16, ignore, keep=16, sinks=4)
     remembered = with_memory(tiny.model, ids, 16, ignore, capacity=16, k=64, sinks=4)
     torch.testing.assert_close(remembered.losses, kept.losses, rtol=0, atol=1e-5, equal_nan=True)
+    # without first tokens nothing depends on where positions are counted from; with them it does once some have left
+    anew = with_cache(tiny.model, ids, 16, ignore, keep=16, anew=True)
+    torch.testing.assert_close(anew.losses, previous.losses, rtol=0, atol=1e-5, equal_nan=True)
+    anew = with_cache(tiny.model, ids, 16, ignore, keep=16, sinks=4, anew=True)
+    torch.testing.assert_close(anew.losses[:33], kept.losses[:33], rtol=0, atol=1e-5, equal_nan=True)
+    assert not torch.allclose(anew.losses[40:], kept.losses[40:])
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

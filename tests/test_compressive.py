@@ -166,6 +166,7 @@ def test_storage_dtypes_survive_saving(rng, dtype):
 
 
 X = np.ones((2, 4, 3))
+NAN = np.full((3, 3, 2), np.nan), np.zeros(3)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +218,59 @@ def test_a_rejected_call_changes_nothing(rng, make, error, call):
         (perdure.FrameworkError, lambda: perdure.compress([[1.0]], 1)),
         (perdure.ArgumentError, lambda: perdure.compress(X, 2, "most_used")),
         (perdure.ShapeError, lambda: perdure.compress(X, 2, "most_used", usage=np.ones((2, 3)))),
+        (perdure.ShapeError, lambda: perdure.compress(X[0], 2, "most_used", usage=np.ones((2, 4)))),
+        (perdure.ShapeError, lambda: perdure.compress(X, 2, "most_used", usage=np.ones((1, 2, 4)))),
+        (perdure.ShapeError, lambda: perdure.compress(X, 2, "most_used", usage=np.ones((3, 4)))),
+        (perdure.NonFiniteError, lambda: perdure.compress(X, 2, "most_used", usage=np.full((2, 4), np.nan))),
+        (perdure.NonFiniteError, lambda: perdure.compress(X.astype(np.float32) * 3e38, 2)),
+        (perdure.NonFiniteError, lambda: perdure.CompressiveMemory(2, 3, 4, 2, 2, "conv", weights=NAN)),
     ],
 )
 def test_bad_input_is_named(error, call):
     with pytest.raises(error):
         call()
+
+
+@pytest.mark.parametrize("kernel", [np.nan, 1e38])
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy])
+def test_summaries_that_are_not_finite_are_never_stored(rng, kernel, convert):
+    memory = perdure.CompressiveMemory(2, 3, 4, 2, 2, "conv", weights=weights_for("conv", rng, 3, 2))
+    memory.write(convert(rng.standard_normal((2, 9, 3))))
+    good, before = memory.weights, memory.state_dict()
+    memory.weights = np.full((3, 3, 2), kernel), np.zeros(3)
+    with pytest.raises(perdure.NonFiniteError):
+        memory.write(convert(np.full((2, 9, 3), 1e15)))
+    memory.weights = good
+    after = memory.state_dict()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_half_precision_is_pooled_in_single():
+    memory = perdure.CompressiveMemory(1, 1, 1, 1, 4, dtype="float16")
+    memory.write(np.full((1, 5, 1), 6e4))  # four of which leave the range together
+    assert np.allclose(memory.read().states[0, 0], 6e4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_may_be_wider_or_narrower_than_states(rng, dtype):
+    x, weights = rng.standard_normal((4, 3)), weights_for("conv", rng, 3, 2)
+    wanted = perdure.compress(x, 2, "conv", weights)
+    for weight in (torch.float32, torch.float64):
+        other = tuple(torch.from_numpy(w).to(weight) for w in weights)
+        got = perdure.compress(torch.from_numpy(x).to(dtype), 2, "conv", other)
+        assert got.dtype == dtype
+        assert np.allclose(got.double().numpy(), wanted, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: perdure.RecurrentMemory(2, 3, 4), lambda: perdure.CompressiveMemory(2, 3, 4, 2, 2)]
+)
+def test_no_rows_are_no_mistake(make):
+    memory = make()
+    memory.write(X)
+    before = memory.state_dict()
+    memory.write(X[:0], rows=[])
+    memory.clear([])
+    assert memory.read(rows=[]).states.shape == (0, 0, 3)
+    after = memory.state_dict()
+    assert all(np.array_equal(before[name], after[name]) for name in before)

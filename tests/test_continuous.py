@@ -1,5 +1,7 @@
 """ContinuousMemory: rows, ragged writes, stickiness, saving, and numbers that stay right for ten thousand writes."""
 
+import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import array_api_strict
@@ -9,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from perdure.core import original
-from perdure.core.consolidation import Scheme, updated, updated_in_bins
+from perdure.core.consolidation import Scheme, fitted, updated, updated_in_bins
+from perdure.core.positions import after_contraction, centred
+from perdure.core.ridge import fit_operator
 from perdure.memory.protocol import Memory
 from perdure.memory.state import pack, unpack
 
@@ -147,6 +151,15 @@ def test_time_passes_by_the_token_where_a_segment_is_given(rng):
     assert np.allclose(at_once.signal(t), in_parts.signal(t), atol=0.03)
 
 
+def test_a_write_that_leaves_no_room_forgets(rng):
+    """contraction^(n/segment) is 0 in float64."""
+    mem = perdure.ContinuousMemory(1, 1, 16, segment=1)
+    for value in (1.0, 2.0, 3.0):
+        mem.write(np.full((1, 1200, 1), value), attention=rng.random((1, 4)))
+        assert np.allclose(mem.signal([0.05, 0.5, 0.95]), value, rtol=0.05)
+    assert np.allclose(mem.shown([0.5, 1]), [[3000, 3600]], rtol=1e-3)
+
+
 def test_other_frameworks_and_gradients(rng):
     x, mean = rng.standard_normal((2, 10, 3)), rng.random((2, 4))
     wanted = memory(dtype="float64")
@@ -216,7 +229,7 @@ def test_windows_leave_out_nothing_that_matters(rng, widths, width):
     scheme = Scheme(basis, 1e-3, 300)
     where = np.sort(rng.random(300))
     operator = scheme.later(0.5, 200)
-    for at, samples in ((None, basis(scheme.old_positions())), (where, basis(where))):
+    for at, samples in ((None, basis(scheme.old_positions(0.5))), (where, basis(where))):
         wanted = operator.matrix @ np.concatenate([samples @ B, x])
         for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
             for convert in (np.asarray, torch.from_numpy):
@@ -262,6 +275,48 @@ def test_compat_positions(rng):
     assert np.isfinite(coefficients(draws)).all()
 
 
+def published(x, mu, sigma, lam, tau, M, B=None, bins=None):
+    """Coefficients (N, e) of x (L, e) by the authors' formulas: a first fit, or an update of B with sticky `bins`."""
+
+    def psi(t):
+        return np.exp(-0.5 * ((t[:, None] - mu) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+
+    L = len(x)
+    if B is None:
+        even = L % 2 == 0
+        shift, first = (1 / (2 * L), L // 2) if even else (1 / L, (L - 1) // 2)
+        t, kept = np.linspace(-0.5 + shift, 1.5 - shift, 2 * L if even else 2 * L - 1), np.arange(first, first + L)
+    else:
+        old, new = np.arange(1, M + 1, dtype=np.float32), np.arange(1, L + 1, dtype=np.float32)
+        s = 1 / (2 * L + M)
+        zeros = np.linspace(-0.5 + s, 1.5 - s, 2 * (L + M)).astype(np.float32)
+        inside = np.concatenate([old * np.float32(tau) / np.float32(M), new * np.float32(1 - tau) / np.float32(L)])
+        inside[M:] += np.float32(tau)
+        t = np.concatenate([zeros[zeros < 0], inside, zeros[zeros > 1]]).astype(np.float64)
+        kept = np.arange(M + L) + int((zeros < 0).sum())
+        at = (old / np.float32(M)).astype(np.float64) if bins is None else np.sort(bins) / 128
+        x = np.concatenate([psi(at) @ B, x])
+    F = psi(t).T
+    G = F.T @ np.linalg.inv(F @ F.T + lam * np.eye(len(mu)))
+    return G[kept].T @ x
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize(("lengths", "tau", "M"), [((64, 64, 32, 16), 0.5, 32), ((15, 11, 7, 30), 0.6, 21)])
+def test_compat_is_the_published_algorithm(rng, dtype, tolerance, lengths, tau, M):
+    widths = [0.05, 0.1]
+    mu, sigma = np.repeat(np.linspace(0, 1, 16), 2), np.tile(widths, 16)
+    mem = perdure.ContinuousMemory(
+        1, 3, perdure.gaussian_basis(32, widths), tau, 0.5, samples=M, dtype=dtype, compat="infinite-former"
+    )
+    wanted = None
+    for write, length in enumerate(lengths):
+        x, bins = rng.standard_normal((length, 3)), rng.integers(0, 128, M) if write > 1 else None
+        mem.write(x[None], draws=None if bins is None else bins[None])
+        wanted = published(x, mu, sigma, 0.5, tau, M, wanted, bins)
+        assert np.abs(coefficients(mem)[0] - wanted).max() < tolerance * np.abs(wanted).max()
+
+
 def test_for_horizon_keeps_its_word(rng):
     mem = perdure.ContinuousMemory.for_horizon(
         2048, 0.3, rows=1, dim=200, segment=256, features=4, dtype="float64", sticky=False
@@ -278,6 +333,11 @@ def test_for_horizon_keeps_its_word(rng):
     assert mem.report(features=4).horizon >= 2048
     with pytest.raises(perdure.ArgumentError, match="at least"):
         perdure.ContinuousMemory.for_horizon(10**6, 0.01, rows=1, dim=1, most=64)
+    with pytest.raises(perdure.ArgumentError, match=r"at least [01]"):  # of 32 functions, which are tried too
+        perdure.ContinuousMemory.for_horizon(10**5, 0.01, rows=1, dim=1, most=32)
+    for name, value in {"samples": 100, "basis": 64, "contraction": 0.5, "features": 1000}.items():
+        with pytest.raises(perdure.ArgumentError, match=name):
+            perdure.ContinuousMemory.for_horizon(2048, rows=1, dim=1, **{name: value})
 
 
 X = np.ones((2, 4, 3))
@@ -347,6 +407,7 @@ def test_a_rejected_call_changes_nothing(rng, error, call):
         {"ridge": -1},
         {"samples": 0},
         {"segment": 0},
+        {"segment": 10**17},  # contraction^(1/segment) is 1: no room for a token
         {"density": "cauchy"},
         {"bins": 0},
         {"dtype": "float16"},
@@ -395,3 +456,79 @@ def test_an_altered_configuration_is_refused(name):
     config, arrays = unpack("ContinuousMemory", mem.state_dict())
     with pytest.raises(perdure.ArgumentError):
         perdure.ContinuousMemory.from_state_dict(pack("ContinuousMemory", {**config, name: {"altered": [1]}}, arrays))
+
+
+@pytest.mark.parametrize("compat", [None, "infinite-former"])
+def test_a_refused_write_draws_nothing(rng, compat):
+    settings = {"samples": 8, "compat": compat, "dtype": "float64"}
+    mem = perdure.ContinuousMemory(2, 2, perdure.gaussian_basis(64, 0.0238), ridge=0, **settings)
+    mem.write(rng.standard_normal((2, 128, 2)))
+    before = mem.state_dict()
+    with pytest.raises(perdure.ArgumentError):  # too few samples for 64 functions without a ridge
+        mem.write(np.ones((2, 1, 2)), attention=np.ones((2, 128)))
+    after = mem.state_dict()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_attention_is_checked_where_it_is_not_used(rng):
+    mem = memory(sticky=False)
+    for attention in ("junk", -np.ones((2, 4)), np.ones((1, 4)), (np.full((2, 1), 2.0), 0.1)):
+        with pytest.raises(perdure.ArgumentError):
+            mem.write(X, attention=attention)
+    plain = memory(sticky=False)
+    for m, attention in ((mem, rng.random((2, 4))), (plain, None)):
+        m.write(X)
+        m.write(X, attention=attention)
+    assert np.array_equal(coefficients(mem), coefficients(plain))
+
+
+def test_a_copy_has_no_graph_and_leaves_the_memory_its_own():
+    mem, x = memory(), torch.ones(2, 4, 3, requires_grad=True)
+    mem.write(x)
+    made = copy.deepcopy(mem)
+    assert torch.equal(made.signal.coefficients, mem.signal.coefficients)
+    assert not made.signal.coefficients.requires_grad
+    assert mem.signal.coefficients.requires_grad
+    made.write(x.detach())
+    assert mem.tokens.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("kind", ["scaled", "published", "rectangular"])
+def test_no_stream_of_any_lengths_makes_the_signal_grow(rng, kind):
+    bases = {
+        "scaled": perdure.gaussian_basis(64),
+        "published": perdure.gaussian_basis(64, [0.012, 0.02]),
+        "rectangular": perdure.rectangular_basis(48),
+    }
+    for samples, segment, contraction in ((64, 512, 0.75), (4, 64, 0.4), (512, 8, 0.9), (512, None, 0.99)):
+        memory = perdure.ContinuousMemory(1, 1, bases[kind], contraction, samples=samples, segment=segment, seed=1)
+        for length in rng.choice([1, 2, 3, 8, 40], size=150):
+            looked = None if rng.random() < 0.5 else rng.random((1, 128)) ** 4
+            memory.write(np.sign(rng.standard_normal((1, int(length), 1))), looked)
+            assert np.abs(memory.signal(np.linspace(0, 1, 257))).max() < 6
+        C = memory.scheme.recurrence(0.99, 1)
+        assert np.abs(np.linalg.eigvals(C)).max() < 1
+
+
+@pytest.mark.parametrize("length", [1, 3, 16, 64, 600])
+def test_few_tokens_fill_the_room_that_they_are_given(length):
+    memory = perdure.ContinuousMemory(1, 1, 512)
+    for _ in range(4):
+        memory.write(np.ones((1, length, 1)))
+        assert np.abs(memory.signal(np.linspace(0.02, 0.98, 99)) - 1).max() < 0.1
+        assert abs(memory.read(np.array([[0.5]]), 0.05).output - 1).max() < 0.01
+
+
+def test_a_write_of_enough_tokens_is_the_plain_fit(rng):
+    basis, tau = perdure.gaussian_basis(64), 0.5
+    scheme = Scheme(basis, 1e-3, 64)
+    plain = fit_operator(basis, np.concatenate(after_contraction(tau, 64, 64)), 1e-3)
+    assert scheme.looks(tau) == 64
+    assert scheme.later(tau, 64) is plain
+    assert scheme.first(64) is fit_operator(basis, centred(64), 1e-3)
+
+
+def test_what_one_token_stands_for_is_what_so_many_copies_of_it_would_be(rng):
+    scheme, x = Scheme(perdure.gaussian_basis(40), 1e-3, 40), rng.standard_normal((4, 2))
+    copies = math.ceil(1 / 4 / scheme.basis.widths[0])
+    assert np.abs(fitted(scheme, x) - fitted(scheme, np.repeat(x, copies, axis=0))).max() < 1e-12

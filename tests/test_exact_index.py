@@ -206,7 +206,7 @@ def test_no_key_is_better_in_float64_than_float32_can_tell(case):
     assert (got >= (kth - slack)[:, None]).all()
 
 
-@pytest.mark.parametrize("fewest", [0, coded.FEWEST], ids=["codes", "panels"])
+@pytest.mark.parametrize("fewest", [0, 128, coded.FEWEST], ids=["codes", "panels and then codes", "panels"])
 @settings(max_examples=30)
 @given(st.data())
 def test_a_memory_finds_what_its_stream_holds(fewest, data):

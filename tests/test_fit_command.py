@@ -25,6 +25,25 @@ def test_a_csv_is_fitted_saved_and_drawn(csv, tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_what_is_said_of_a_fit_is_true_of_it(tmp_path, capsys):
+    path = tmp_path / "one.csv"
+    path.write_text("7\n")
+    assert main(["fit", str(path), "--basis", "128", "--ridge", "1e-3", "--plot", str(tmp_path / "one.PNG")]) == 0
+    assert "degrees of freedom 1.0\n" in capsys.readouterr().out
+    assert (tmp_path / "one.PNG").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_what_is_read_is_not_overwritten(tmp_path, capsys, option):
+    path, link = tmp_path / "x.png", tmp_path / "link.png"
+    path.write_text("1\n2\n")
+    link.symlink_to(path)
+    for name in (path, link):
+        assert main(["fit", str(path), option, str(name)]) == 2
+    assert path.read_text() == "1\n2\n"
+    assert capsys.readouterr().err.count(option) == 2
+
+
 def test_an_npy_is_read_as_a_stream(tmp_path, capsys):
     path, picture = tmp_path / "x.npy", tmp_path / "x.png"
     np.save(path, np.sin(np.arange(1000) / 50).astype(np.float32))
@@ -58,6 +77,7 @@ def test_common_layouts_are_understood(tmp_path, text):
         (b"1\n2\n", ["--ridge", "much"]),
         (b"1\n2\n", ["--segment", "0"]),
         (b"1\n2\n", ["--segment", "1", "--contraction", "2"]),
+        (b"1\n2\n", ["--segment", "1", "--ridge", "gcv"]),
         (b"1\n2\n", ["--out", "/nowhere/at/all.npy"]),
         (b"1\n2\n", ["--out", "/"]),
         (b"1\n2\n", ["--out", "/dev/full"]),
@@ -111,6 +131,18 @@ def test_pictures_show_what_they_are_given(rng, tmp_path):
         lambda: plot.signal(memory.signal),
         lambda: plot.attention(rng.random(5)),
         lambda: plot.error(),
+        lambda: plot.signal("a"),
+        lambda: plot.signal(fitted, x, positions=[0.1, 0.2]),
+        lambda: plot.signal(fitted, "abc"),
+        lambda: plot.signal(fitted, components=1),
+        lambda: plot.error("a"),
+        lambda: plot.error(memory.report(), names=5),
+        lambda: plot.retained("x"),
+        lambda: plot.retained(perdure.HybridMemory(1, 1, 2, 4, basis=32)),
+        lambda: plot.attention(np.full((2, 3), np.nan)),
+        lambda: plot.attention(-np.ones((2, 3))),
+        lambda: plot.attention(np.ones((0, 3))),
+        lambda: plot.attention("a"),
     ):
         with pytest.raises(perdure.ArgumentError):
             call()

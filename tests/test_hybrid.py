@@ -147,6 +147,57 @@ def test_a_rejected_call_changes_nothing(rng, error, call):
 
 
 def test_hopeless_settings_are_refused():
-    for settings in ({"eviction": "random"}, {"slots": 0}, {"capacity": 0}, {"contraction": 1.5}):
+    compat = {"compat": "infinite-former"}  # its 128 bins are not the slots, so that no write would be accepted
+    for settings in ({"eviction": "random"}, {"slots": 0}, {"capacity": 0}, {"contraction": 1.5}, compat):
         with pytest.raises(perdure.ArgumentError):
             hybrid(**settings)
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "least_attended"])
+def test_what_the_signal_refuses_has_left_no_row(rng, eviction):
+    """Of row 0 enough leaves to be fitted without a ridge, of row 1 too little: neither is written to."""
+    memory = hybrid(capacity=4, basis=perdure.gaussian_basis(64, 0.0238), ridge=0, samples=8, eviction=eviction)
+    memory.write(segment(rng, 4), segment(rng, 4))
+    memory.read(segment(rng, 3), k=2)
+    before = memory.state_dict()
+    mask = np.arange(128) < np.array([[128], [2]])
+    with pytest.raises(perdure.ArgumentError):
+        memory.write(segment(rng, 128), segment(rng, 128), mask=mask)
+    after = memory.state_dict()
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    memory.write(segment(rng, 128), segment(rng, 128))
+    assert memory.tokens.tolist() == [132, 132]
+
+
+def test_exact_tokens_beyond_the_nearest_have_no_part(rng):
+    memory = hybrid(rows=1, heads=1, capacity=16)
+    keys = segment(rng, 256, 1, 1)
+    memory.write(keys, keys)
+    for k in (1, 5, 16, 40):
+        whole = memory.read(np.zeros((1, 1, 1, 4), np.float32), k=k).lse[0, 0, 0]
+        assert np.isclose(whole, np.log(240 + min(k, 16)), atol=1e-5)
+
+
+def test_no_queries_and_no_rows_are_no_mistake(rng):
+    memory = hybrid()
+    for _ in range(2):
+        none, nobody = memory.read(segment(rng, 0, heads=4), k=3), memory.read(segment(rng, 5, rows=0), k=3, rows=[])
+        assert none.output.shape == (2, 4, 0, 4)
+        assert none.lse.shape == (2, 4, 0)
+        assert none.neighbours.positions.shape == (2, 4, 0, 3)
+        assert nobody.output.shape == (0, 2, 5, 4)
+        assert nobody.lse.shape == (0, 2, 5)
+        memory.write(segment(rng, 5, rows=0), segment(rng, 5, rows=0), rows=[])
+        assert memory.tokens[0] in (0, 30)
+        memory.write(segment(rng, 30), segment(rng, 30))
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"), [("older", {"rows": 1}), ("older", {"heads": 1}), ("recent", {"dim": 5})]
+)
+def test_parts_of_another_memory_are_not_taken_for_its_own(part, settings):
+    own, other = hybrid().state_dict(), hybrid(**settings).state_dict()
+    mixed = own | {name: array for name, array in other.items() if name.startswith(part)}
+    with pytest.raises(perdure.ArgumentError):
+        perdure.HybridMemory.from_state_dict(mixed)

@@ -56,7 +56,7 @@ def test_constant_ends_and_single_samples():
     assert perdure.fit(np.zeros((0, 5, 2)), gaussian_basis(8))([0.5]).shape == (0, 1, 2)
 
 
-@given(st.integers(0, 2**32), st.sampled_from([0.3, 0.5, 0.75]))
+@given(st.integers(0, 2**32), st.sampled_from([0.5, 0.75, 0.9]))
 @settings(max_examples=20)
 def test_update_is_a_refit_to_old_and_new_samples(seed, tau):
     rng = np.random.default_rng(seed)
@@ -208,6 +208,8 @@ BASIS = gaussian_basis(4)
         (perdure.DTypeError, lambda: perdure.fit(X, BASIS, positions="a")),
         (perdure.ArgumentError, lambda: perdure.fit(X, BASIS).report(segment=-1)),
         (perdure.ArgumentError, lambda: perdure.fit(X, BASIS).report(features=0)),
+        (perdure.ArgumentError, lambda: perdure.fit(X, BASIS).report(features=5, segment=4)),
+        (perdure.ShapeError, lambda: perdure.fit(X[None], BASIS).update(X[None], where=np.ones((3, 8)))),
     ],
 )
 def test_bad_input_is_named(error, call):
@@ -243,3 +245,31 @@ def test_report_warns_of_wasted_functions():
     report = perdure.fit(X, gaussian_basis(256, 0.05)).report(segment=512)
     assert report.degrees_of_freedom < 128
     assert "256 functions" in str(report)
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_degrees_of_freedom_are_those_of_the_fit(rng, length):
+    """tr(H) of x -> H x, taken from fits to unit samples, at positions of one's own."""
+    basis, t = gaussian_basis(128), np.sort(rng.random(length))
+    signal = perdure.fit(rng.standard_normal((length, 2)), basis, positions=t)
+    smoothing = perdure.fit(np.eye(length), basis, positions=t)(t)
+    assert np.isclose(signal.report().degrees_of_freedom, np.trace(smoothing))
+    assert signal.report().degrees_of_freedom <= length
+    updated = signal.update(np.ones((2, 2)))
+    assert updated.report().degrees_of_freedom <= length + 2
+    heap = perdure.fit(np.ones((length, 2)), basis, positions=np.full(length, 0.3))
+    assert heap.report().degrees_of_freedom < 1.01  # all at one place
+
+
+@pytest.mark.parametrize("scale", [4e153, 1e-200, 1e-310])  # squares still fit, their sum does not; or they are 0
+def test_cross_validation_knows_no_scale(rng, scale):
+    x = smooth(rng, 100, 2) + 0.1 * rng.standard_normal((100, 2))
+    x /= np.abs(x).max()
+    wanted = perdure.fit(x, gaussian_basis(24), ridge="gcv").ridge
+    assert 1e-7 < wanted < 10
+    assert np.isclose(perdure.fit(x * scale, gaussian_basis(24), ridge="gcv").ridge, wanted, rtol=1e-3)
+
+
+def test_a_contraction_to_nothing_leaves_the_new_samples(rng):
+    signal, new = perdure.fit(rng.standard_normal((40, 1)), gaussian_basis(24)), np.ones((40, 1))
+    assert np.abs(signal.update(new, contraction=1e-320)(np.linspace(0.1, 0.9, 9)) - 1).max() < 0.05

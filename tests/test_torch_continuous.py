@@ -1,10 +1,13 @@
 """ContinuousAttention against the ∞-former's equations, written with every score and every key."""
 
+from dataclasses import replace
+
 import numpy as np
 import perdure.core.density
 import pytest
 import torch
 from perdure.bindings.torch import ContinuousAttention, TransformerXLAttention
+from perdure.core.consolidation import fitted
 from torch_layers import DIM, HEADS, SEGMENT, build, run, tokens
 
 import perdure
@@ -27,6 +30,7 @@ def definition(layer, x):
                 new = new / (1 + np.exp(-score))
             if signal is None:
                 signal = perdure.fit(new, layer.basis, layer.scheme.ridge)
+                signal = replace(signal, coefficients=fitted(layer.scheme, new))
             else:
                 where = histogram if layer.sticky else None
                 signal = signal.update(new, layer.contraction, layer.scheme.samples, where)

@@ -196,6 +196,26 @@ def test_compiles_into_one_graph(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["memorizing", "memorizing, joint"])
+@pytest.mark.filterwarnings(
+    "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"
+)  # array-api-compat's
+def test_autocast_compiles_into_one_graph(name):
+    torch._dynamo.reset()
+    layer, x = build(name).float(), tokens(2, 2 * SEGMENT).float()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    memory = layer.memory(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, _ = layer(x)
+        outputs = []
+        for segment in x.split(SEGMENT, dim=1):
+            output, memory = compiled(segment, memory)
+            outputs.append(output)
+    assert output.dtype == torch.bfloat16
+    close(torch.cat(outputs, dim=1), expected, 1e-2)
+
+
+@pytest.mark.slow
 @every_layer
 @pytest.mark.filterwarnings(
     "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"
@@ -293,6 +313,17 @@ def test_half_precision(name, dtype):
     assert output.dtype == dtype
     assert {t.dtype for t in memory.tensors().values() if t.is_floating_point()} <= {dtype, torch.float32}
     assert (output.double() - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@every_layer
+def test_a_memory_serves_a_layer_that_changed_its_dtype(name):
+    layer, following = build(name), tokens(2, 2 * SEGMENT, seed=7)
+    _, memory = run(layer, tokens(2, LONG))
+    expected, _ = layer(following, copy.deepcopy(memory))
+    output, after = layer.float()(following.float(), memory)
+    assert output.dtype == torch.float32
+    close(output.double(), expected, 1e-3)
+    assert layer(following.float(), after)[0].dtype == torch.float32
 
 
 @every_layer

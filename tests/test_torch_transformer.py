@@ -69,6 +69,7 @@ def test_a_saved_memory_continues_bit_by_bit():
         (DTypeError, "tokens", lambda m: m(torch.zeros(1, 3))),
         (ShapeError, "tokens", lambda m: m(torch.zeros(3, dtype=torch.long))),
         (ArgumentError, "memory", lambda m: m(words(1, 3), m.memory(1)[:1])),
+        (ArgumentError, "memory", lambda m: m(words(1, 3), m.memory(1)[1])),
         (ArgumentError, "layers", lambda m: MemoryTransformer(11, [])),
         (ArgumentError, "layers", lambda m: MemoryTransformer(11, [torch.nn.Linear(2, 2)])),
         (ArgumentError, "state", lambda m: m.memory_from_state_dict({"7.position": torch.zeros(1)})),

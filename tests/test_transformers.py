@@ -27,7 +27,6 @@ from decoders import (
     stored,
 )
 from perdure.bindings.transformers import detach
-from perdure.bindings.transformers.positions import find_rotary
 
 import perdure
 
@@ -206,9 +205,12 @@ def test_only_the_chosen_layers_remember(ids):
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {**LLAMA, **SPECIAL, "head_dim": 8}
 FAMILIES = {
+    "Cohere2": {**WIDE, "sliding_window": 64, "sliding_window_pattern": 3},  # the last layer rotates nothing
     "Gemma": WIDE,
     "Gemma2": {**WIDE, "attn_logit_softcapping": None, "sliding_window": 64},
     "Gemma3": {**WIDE, "sliding_window": 64},
+    "Glm": {**WIDE, "partial_rotary_factor": 0.5},
+    "GptOss": {**WIDE, "sliding_window": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
     "GPTNeoX": {**SPECIAL, **{name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}},
     "Mistral": {**LLAMA, **SPECIAL, "sliding_window": None},
     "OPT": {**SHAPE, **SPECIAL, "ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
@@ -216,6 +218,7 @@ FAMILIES = {
     "Phi3": {**LLAMA, **SPECIAL},
     "Qwen2": {**LLAMA, **SPECIAL},
     "Qwen3": WIDE,
+    "SmolLM3": {**LLAMA, **SPECIAL, "no_rope_layers": [1, 0, 1]},
 }
 
 
@@ -259,6 +262,9 @@ ROTARIES = {
             transformers.PhiConfig(**LLAMA, pad_token_id=0, bos_token_id=1, eos_token_id=2)
         )
     ),
+    "halves": lambda: seeded(
+        lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**FAMILIES["GptOss"]))
+    ),  # each number of its cos and sin is that of two dimensions
 }
 
 
@@ -273,19 +279,23 @@ def test_every_kind_of_rotation_remembers_in_full(name, positions, ids):
 
 @pytest.mark.parametrize("name", ROTARIES)
 def test_keys_turn_as_the_model_itself_would_have_turned_them(name):
-    model = ROTARIES[name]()
-    attention = next(m for m in model.modules() if getattr(m, "layer_idx", None) == 1 and hasattr(m, "is_causal"))
-    rotary = find_rotary(model, attention)
+    rotary = attach(ROTARIES[name]()).layers[1].rotary
     vectors = torch.randn(2, 4, 5, 8)
     old, new = (rotary.angles(torch.tensor([p]), vectors) for p in ([3, 50, 9, 0, 99], [0, 7, 7, 31, 64]))
-    width = old[0].shape[-1]
+    width = rotary.times * old[0].shape[-1]
     assert (width < 8) == (name == "partial")
+    assert (rotary.times == 2) == (name == "halves")
 
     def rotated(angles):
         turned = rotary.apply(vectors[..., :width], vectors[..., :width], *angles)[1]
         return torch.cat([turned, vectors[..., width:]], dim=-1)
 
     torch.testing.assert_close(rotary.turn(rotated(old), old, new), rotated(new))
+
+
+def test_layers_that_turn_nothing_are_left_as_they_are():
+    model = transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**FAMILIES["SmolLM3"]))
+    assert [layer.rotary is None for layer in attach(model).layers.values()] == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ROTARIES)
@@ -601,6 +611,7 @@ WRONG = {
     "window": (0,),
     "sinks": (-1,),
     "index": ("fast",),
+    "target_recall": (0, 1.5),
 }
 
 
@@ -621,6 +632,13 @@ def test_as_many_memories_may_be_asked_for_as_all_stores_hold(ids):
     torch.testing.assert_close(in_windows(model, ids, WINDOW), full, **EXACT)
 
 
+LATENT = {
+    **{"intermediate_size": 16, "moe_intermediate_size": 8, "n_routed_experts": 2, "num_experts_per_tok": 1},
+    **{"n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8},
+    **{"qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+}
+
+
 def test_models_that_memory_cannot_join_are_refused():
     encoder = transformers.BertModel(
         transformers.BertConfig(
@@ -634,6 +652,12 @@ def test_models_that_memory_cannot_join_are_refused():
     )
     with pytest.raises(perdure.ArgumentError, match="attention that can be replaced"):
         attach(fixed)
+    turned_in_part = transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(**{**SHAPE, **SPECIAL, "num_hidden_layers": 1}, **LATENT)
+    )
+    with pytest.raises(perdure.ArgumentError, match="keys whose rotation can be undone"):
+        attach(turned_in_part)
+    assert turned_in_part.config._attn_implementation == "sdpa"
     with pytest.raises(perdure.ArgumentError, match="a PreTrainedModel"):
         attach(torch.nn.Linear(2, 2))
     other = llama(attn_implementation="flex_attention")
@@ -694,6 +718,25 @@ def test_recent_memory_of_the_window_before_is_transformer_xl_with_first_tokens(
     mask = allowed[None, None]
     torch.testing.assert_close(given[:, 8:16], logits(model, ids, attention_mask=mask)[:, 8:16], **EXACT)
     torch.testing.assert_close(given[:, 24:], logits(model, ids, attention_mask=mask)[:, 24:], **EXACT)
+
+
+def test_reading_without_retrieval_sees_what_is_recent_and_remembers_all(ids):
+    model = llama()
+    attach(model, capacity=12, recent=12, k=1, sinks=0, window=WINDOW)
+    expected = model.perdure_memory.read_document(ids, progress=False, score=True)
+    detach(model)
+    memory = attach(model, recent=12, sinks=0, window=WINDOW, distance=20)
+    losses = memory.read_document(ids, progress=False, score=True, retrieve=False)
+    torch.testing.assert_close(losses, expected, equal_nan=True, **EXACT)
+    assert memory.tokens.tolist() == [40, 40]
+    detach(model)
+    shallow, answers = llama(num_hidden_layers=1), []  # whose keys do not depend on what was retrieved
+    for retrieve in (False, True):
+        memory = attach(shallow, k=4, recent=6, window=WINDOW, distance=20)
+        memory.read_document(ids[:, :30], progress=False, retrieve=retrieve)
+        answers.append(logits(shallow, ids[:, 30:]))
+        detach(shallow)
+    assert torch.equal(*answers)
 
 
 def test_layers_without_memory_read_what_is_recent(ids):

@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from . import threads
+from .certify import ring_slot
 from .flat import flatten
 
 
@@ -40,8 +41,7 @@ def over_neighbours(queries, keys, values, positions, scale, start, output, lse)
         top = -np.inf
         for j in range(k):
             if positions[i, j] >= 0:
-                slot = positions[i, j] + start
-                slot = slot - n if slot >= n else slot  # a division would take as long as all products of a row
+                slot = ring_slot(positions[i, j], start, n)
                 score = queries.dtype.type(0)
                 for c in range(keys.shape[1]):
                     score += queries[i, c] * keys[slot, c]
@@ -51,8 +51,7 @@ def over_neighbours(queries, keys, values, positions, scale, start, output, lse)
         total = 0.0
         for j in range(k):
             if positions[i, j] >= 0:
-                slot = positions[i, j] + start
-                slot = slot - n if slot >= n else slot
+                slot = ring_slot(positions[i, j], start, n)
                 weight = np.exp(scores[j] - top)
                 total += weight
                 for c in range(width):

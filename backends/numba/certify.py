@@ -126,7 +126,7 @@ def tighten(i, k, bounds, candidates, sure):
 def sample(keys, stored, step, asked, maxima):
     """Fill maxima (queries, m) with the largest lower ends of disjoint sets of keys, out of every `step`-th tile.
 
-    `queries` counts those that fill up the last group, and m must be a multiple of a tile's keys.
+    They fill up the last group of queries, and m must be a multiple of a tile's keys.
     """
     codes, scale, error, size = keys
     words, starts, reach, ratio = asked
@@ -149,7 +149,7 @@ def sample(keys, stored, step, asked, maxima):
 def ring_slot(age, start, stored):
     """Where the key of that age stands in a ring whose oldest is at `start`."""
     slot = age + start
-    return slot if slot < stored else slot - stored
+    return slot if slot < stored else slot - stored  # a division would take as long as all products of a row
 
 
 @njit(cache=True, nogil=True)

@@ -24,12 +24,12 @@ ROOM = 2048  # for candidates: scoring more of them in full costs as much as sco
 TIRED = 256  # searches for which panels take over, after one that the codes could not help
 SAMPLED = {ONE[1]: 32, FEW[1]: 16, MANY[1]: 12}  # by queries of a tile: one tile in so many is looked at beforehand
 
-FEWEST = 1 << 15  # capacity from which codes pay: candidates of fewer keys are too large a share of them
+FEWEST = 1 << 15  # slots from which codes pay: candidates of fewer keys are too large a share of them
 
 
-def exact_keys(heads: int, d: int, space: str, dtype: np.dtype, capacity: int) -> Panels | Codes:
-    """The faster of what this CPU has for exact search over a row's keys."""
-    coded = dtype == np.float32 and space != "l2" and capacity >= FEWEST and machine.multiplies_bytes()
+def exact_keys(heads: int, d: int, space: str, dtype: np.dtype, slots: int) -> Panels | Codes:
+    """The faster of what this CPU has for exact search over the keys of a row with room for so many."""
+    coded = dtype == np.float32 and space != "l2" and slots >= FEWEST and machine.multiplies_bytes()
     return Codes(heads, d, space) if coded else Panels(heads, d, space, dtype)
 
 

@@ -54,29 +54,45 @@ def without_memory(model: Any, ids: torch.Tensor, window: int, advance: Advance)
 
 
 def with_cache(
-    model: Any, ids: torch.Tensor, window: int, advance: Advance, keep: int | None = None, sinks: int = 0
+    model: Any,
+    ids: torch.Tensor,
+    window: int,
+    advance: Advance,
+    keep: int | None = None,
+    sinks: int = 0,
+    anew: bool = False,
 ) -> Result:
     """Attention to all previous tokens, or to the last `keep` before the window and the first `sinks`, in every layer.
 
-    `keep` alone is the recurrence of Transformer-XL, `keep` with `sinks` that of StreamingLLM (arXiv 2309.17453).
+    `keep` alone is the recurrence of Transformer-XL; `keep` with `sinks`, and every position counted `anew` in what is
+    kept, that of StreamingLLM (Xiao et al., arXiv 2309.17453, section 3.2), whose positions never grow.
     """
     cache = DynamicCache(config=model.config)
+    rotaries = {}
+    if anew:
+        rotaries = {i: layer.rotary for i, layer in attach(model).layers.items()}
+        detach(model)
 
     def forward(part: torch.Tensor, start: int) -> torch.Tensor:
-        positions = torch.arange(start, start + part.shape[1])[None]
+        first = cache.get_seq_length() if anew else start
+        positions = torch.arange(first, first + part.shape[1])[None]
         logits = model(input_ids=part, past_key_values=cache, use_cache=True, position_ids=positions).logits
-        if keep is not None and start + part.shape[1] > keep + sinks:
-            for layer in cache.layers:
-                layer.keys, layer.values = (
-                    torch.cat([a[:, :, :sinks], a[:, :, -keep:]], dim=2) for a in (layer.keys, layer.values)
-                )
+        left = first + part.shape[1] - keep - sinks if keep is not None else 0
+        if left > 0:
+            for i, layer in enumerate(cache.layers):
+                newest, rotary = layer.keys[:, :, -keep:], rotaries.get(i)
+                if rotary is not None:
+                    stand = positions[:, -1:] - torch.arange(keep - 1, -1, -1)
+                    newest = rotary.turn(newest, *(rotary.angles(where, newest) for where in (stand, stand - left)))
+                layer.keys = torch.cat([layer.keys[:, :, :sinks], newest], dim=2)
+                layer.values = torch.cat([layer.values[:, :, :sinks], layer.values[:, :, -keep:]], dim=2)
         return logits
 
     def read() -> tuple[torch.Tensor, int]:
         losses = read_in_windows(ids, window, forward, advance, True)
         return losses, sum(a.nbytes for layer in cache.layers for a in (layer.keys, layer.values))
 
-    some = f"previous {keep} tokens" + (f" + first {sinks}" if sinks else "")
+    some = f"previous {keep} tokens" + (f" + first {sinks}" if sinks else "") + (", placed anew" if anew else "")
     return _timed("full attention" if keep is None else some, read)
 
 

@@ -10,7 +10,8 @@ load("torch")  # or MissingPackageError; and now, because torch.compile traces n
 
 from .compressive import CompressiveAttention, CompressiveState  # noqa: E402
 from .continuous import ContinuousAttention, ContinuousState  # noqa: E402
-from .memorizing import KNNState, MemorizingAttention  # noqa: E402
+from .knn_state import KNNState  # noqa: E402
+from .memorizing import MemorizingAttention  # noqa: E402
 from .scope import MemoryScope  # noqa: E402
 from .segments import SegmentedAttention  # noqa: E402
 from .state import State  # noqa: E402

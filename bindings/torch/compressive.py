@@ -12,7 +12,7 @@ from torch import nn
 from ...backends.errors import ArgumentError
 from ...core import checks
 from ...core.attention import masked_softmax
-from ...core.compression import METHODS, compress, layers_for
+from ...core.compression import METHODS, compressed, layers_for, most_used
 from ...core.segments import numbers, slide, visible
 from .local import local_attention
 from .state import State
@@ -173,8 +173,10 @@ class CompressiveAttention(TransformerXLAttention):
         with torch.autocast(queries.device.type, enabled=False):
             gone = kept["hidden"][:, : self.segment]  # what leaves the window
             weights = tuple(weight.to(gone.dtype) for weight in self.compressor)
-            usage = kept["usage"][:, : self.segment] if self.method == "most_used" else None
-            made = compress(gone, self.rate, self.method, weights, usage)
+            if self.method == "most_used":
+                made = most_used(gone, self.rate, kept["usage"][:, : self.segment])
+            else:
+                made = compressed(gone, self.rate, self.method, weights)
             ended = (position > memory.position) & (position % self.segment == 0)
             following = torch.cat([memory.compressed, made.detach()], dim=1)[:, -self.compressed :]
             real = ended & (position >= self.segment + self.reach)  # rows of which all that left were tokens
@@ -186,7 +188,10 @@ class CompressiveAttention(TransformerXLAttention):
     ) -> torch.Tensor:
         """Mean square of what the queries see in `made` less what they see in `gone`; gradients reach `made` alone."""
         queries = queries.detach().to(gone.dtype)
-        projections = [(p.weight.detach(), None if p.bias is None else p.bias.detach()) for p in (self.key, self.value)]
+        projections = [
+            tuple(None if a is None else a.detach().to(gone.dtype) for a in (p.weight, p.bias))
+            for p in (self.key, self.value)
+        ]
 
         def seen(states: torch.Tensor) -> torch.Tensor:
             keys, values = (self._heads(nn.functional.linear(states, *p)) for p in projections)

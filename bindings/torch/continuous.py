@@ -207,7 +207,7 @@ class ContinuousAttention(TransformerXLAttention):
         x = x.to(B.dtype)
         first, recurrence, old, new = self._operators(B.device, B.dtype)
         if self.sticky:
-            where = systematic(looked, self.scheme.samples)  # (rows, M)
+            where = systematic(looked, self.scheme.looks(self.contraction))  # (rows, M)
             contracted = old @ (gaussians(where, *self._functions(B.device, B.dtype)) @ B)
         else:
             contracted = recurrence @ B
@@ -251,8 +251,9 @@ class ContinuousAttention(TransformerXLAttention):
         made = self.__dict__.setdefault("_made", {})
         if key not in made:
             first, later = self.scheme.first(self.segment), self.scheme.later(self.contraction, self.segment)
-            old, new = later.matrix[:, : self.scheme.samples], later.matrix[:, self.scheme.samples :]
+            M = self.scheme.looks(self.contraction)
+            old, new = later.matrix[:, :M], later.matrix[:, M:]
             empty = torch.empty(0, device=device, dtype=dtype)
-            arrays = (first.matrix, self.scheme.recurrence(later), old, new)
+            arrays = (first.matrix, self.scheme.recurrence(self.contraction, self.segment), old, new)
             made[key] = tuple(like(np.ascontiguousarray(a), empty) for a in arrays)
         return made[key]

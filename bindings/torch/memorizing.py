@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +14,7 @@ from ...core.attention import Reading, gate, masked_softmax, merge
 from ...core.relative import biased_attention, buckets, rotate
 from ...core.segments import numbers, slide, visible
 from ...memory.knn import KNNMemory
-from ...memory.state import pack, unpack
+from .knn_state import KNNState
 from .local import local_attention
 from .ops import Ledger, recall
 from .segments import SegmentedAttention, even
@@ -26,74 +23,6 @@ from .state import State
 COMBINE = ("gate", "joint")
 POSITIONS = ("none", "t5", "rope")
 NOTHING = ("local", "zeros")
-
-
-@dataclass(frozen=True, eq=False)
-class KNNState(State):
-    """The window's keys and values, and the kNN memory of what left it.
-
-    Attributes
-    ----------
-    keys, values : tensors (rows, kv_heads, window, head_dim)
-        The newest tokens, as memory would store them.
-    token : int64 tensor (2,)
-        Which state of the memory this is.
-    ledger : Ledger
-        Holds the KNNMemory itself; shared by the successive states of one memory.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    token: torch.Tensor
-    ledger: Ledger
-
-    @property
-    def memory(self) -> KNNMemory:
-        """The kNN memory, to look at: it holds what has left the window, as of the latest call."""
-        return self.ledger.memory
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Tokens retrievable now, int64 (rows,)."""
-        return self.memory.tokens
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + self.memory.nbytes
-
-    def select(self, rows: Sequence[int]) -> Self:
-        index = self._index(rows)
-        ledger = self.ledger.copy(index)
-        parts = {name: tensor[index] for name, tensor in self.tensors().items()}
-        return type(self)(phase=self.phase, ragged=self.ragged, ledger=ledger, token=ledger.token(), **parts)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        stored = self.memory.state_dict().items()
-        settings = torch.tensor([self.ledger.segment, self.ledger.lag])
-        return {
-            **super().state_dict(),
-            "settings": settings,
-            **{f"memory.{name}": torch.from_numpy(np.asarray(array)) for name, array in stored},
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        parts = cls._parts(state)
-        stored = {name.removeprefix("memory."): a for name, a in state.items() if name.startswith("memory.")}
-        ledger = Ledger(KNNMemory.from_state_dict(stored), *state["settings"].tolist())
-        return cls(**parts, ledger=ledger, token=ledger.token())
-
-    @classmethod
-    def _joined(cls, states: list[Self], parts: dict[str, torch.Tensor]) -> dict[str, Any]:
-        settings = {(state.ledger.segment, state.ledger.lag) for state in states}
-        if len(settings) > 1:
-            raise ArgumentError("states", "one segment and lag", str(sorted(settings)), "Join those of one layer.")
-        ledger = Ledger(joined([state.memory for state in states]), *settings.pop())
-        return {**parts, "ledger": ledger, "token": ledger.token()}
-
-    @classmethod
-    def _made(cls) -> set[str]:
-        return {"ledger", "token"}
 
 
 class MemorizingAttention(SegmentedAttention):
@@ -290,23 +219,6 @@ class MemorizingAttention(SegmentedAttention):
             return merge(read, biased_attention(queries, keys, values, bias, 1.0, allowed[:, None])).output
         local = local_attention(queries, keys, values, allowed, 1.0, bias)
         return gate(read.output if self.nothing == "zeros" else read, local, self.gate)
-
-
-def joined(memories: list[KNNMemory]) -> KNNMemory:
-    """One memory with copies of the rows of all, which are alike but for their rows."""
-    configs, arrays, written, rows = [], {}, [], 0
-    for memory in memories:
-        config, own = unpack("KNNMemory", memory.state_dict())
-        written.append(own.pop("written"))
-        for name, array in own.items():  # rows.0.keys, ...
-            lead, row, rest = name.split(".", 2)
-            arrays[f"{lead}.{int(row) + rows}.{rest}"] = array
-        rows += config.pop("rows")
-        configs.append(config)
-    if any(config != configs[0] for config in configs):
-        raise ArgumentError("states", "kNN memories of one configuration", str(configs), "Join those of one layer.")
-    state = pack("KNNMemory", {**configs[0], "rows": rows}, {**arrays, "written": np.concatenate(written)})
-    return KNNMemory.from_state_dict(state)
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

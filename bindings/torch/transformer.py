@@ -115,8 +115,9 @@ class MemoryTransformer(nn.Module):
             raise ShapeError("tokens", "shape (rows, n)", str(tuple(tokens.shape)), "Give each row its tokens.")
         if memory is None:
             memory = self.memory(tokens.shape[0])
-        if len(memory) != len(self.blocks):
-            raise ArgumentError("memory", f"{len(self.blocks)} states", str(len(memory)), "Pass what the model gave.")
+        if not isinstance(memory, tuple | list) or len(memory) != len(self.blocks):
+            came = str(len(memory)) if isinstance(memory, tuple | list) else f"a {type(memory).__name__}"
+            raise ArgumentError("memory", f"a tuple of {len(self.blocks)} states", came, "Pass what the model gave.")
         x, following = self.dropout(self.embedding(tokens)), []
         for block, state in zip(self.blocks, memory, strict=True):
             if self.checkpointing and torch.is_grad_enabled():

@@ -38,6 +38,7 @@ def attach(
     recent: int | None = None,
     sinks: int = SINKS,
     index: str = "exact",
+    target_recall: float = 0.95,
     device: Any = None,
     device_capacity: int | None = None,
 ) -> ModelMemory:
@@ -76,6 +77,8 @@ def attach(
         the attention they have no use for on them, and read badly once they are gone (Xiao et al., arXiv 2309.17453).
     index : {"exact", "ivf", "hnsw", "auto"}
         How memories are found; see `KNNMemory`.
+    target_recall : float
+        Share of the true neighbours that approximate indexes are to find.
     device : str or torch.device, optional
         Where memories are held and searched, exactly: main memory by default, whatever the model's device. What is
         saved from one device loads on every other.
@@ -111,6 +114,8 @@ def attach(
     chosen = choose(layers, sorted(attentions))
     checks.count("capacity", capacity)
     checks.choice("index", index, INDEXES)
+    if checks.positive("target_recall", target_recall) > 1:
+        raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
     checks.neighbours(k, capacity)
     checks.count("window", window)
     recent = window if recent is None else checks.count("recent", recent, least=0)
@@ -130,7 +135,16 @@ def attach(
         distance = max(context // 2, 1) if positions == "clamped" else window
     checks.count("distance", distance)
     beside = sorted(attentions) if recent else chosen
-    rotaries = {i: find_rotary(model, attentions[i]) for i in beside}
+    body = find_body(model, attentions)
+    model.set_attn_implementation(implementation(base))
+    if model.config._attn_implementation != implementation(base):
+        remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."
+        raise ArgumentError("model", "attention that can be replaced", type(model).__name__, remedy)
+    try:
+        rotaries = {i: find_rotary(body, attentions[i]) for i in beside}
+    except ArgumentError:
+        model.set_attn_implementation(base)
+        raise
     learned = not any(rotaries.values())
     near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
     sizes = {i: {"near": near, "far": capacity - near} if i in chosen else {"near": recent, "far": 0} for i in beside}
@@ -139,12 +153,13 @@ def attach(
         "sinks": sinks,
         "recent": recent,
         "k": k,
-        "settings": {"index": index, "device": device, "device_capacity": device_capacity},
+        "settings": {
+            "index": index,
+            "target_recall": target_recall,
+            "device": device,
+            "device_capacity": device_capacity,
+        },
     }
-    model.set_attn_implementation(implementation(base))
-    if model.config._attn_implementation != implementation(base):
-        remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."
-        raise ArgumentError("model", "attention that can be replaced", type(model).__name__, remedy)
     memory = ModelMemory(
         model,
         tokenizer,
@@ -169,7 +184,7 @@ def attach(
             for name, number in ((GATE, 0.0), (SCALE, 1.0)):
                 start = torch.full((config.num_attention_heads,), number, dtype=like.dtype, device=like.device)
                 attentions[i].register_parameter(name, nn.Parameter(start))
-    memory.restore = (base, [attentions[i] for i in beside], hook(find_body(model, attentions), attentions, memory))
+    memory.restore = (base, [attentions[i] for i in beside], hook(body, attentions, memory))
     setattr(model, ATTACHED, memory)
     return memory
 

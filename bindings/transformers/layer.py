@@ -100,25 +100,27 @@ class LayerMemory:
         positions: torch.Tensor,
         scale: float,
         before: int | np.ndarray = 0,
-        keep: int = 0,
+        keep: int | None = 0,
     ) -> dict[str, Reading]:
         """Attention over the nearest memories of queries (rows, query_heads, q, dim), rotated by `angles`.
 
         `query` reads the recent ones, and `asked`, which may be scaled otherwise, all others.
 
         A reading for each store; `neighbours` tell positions in everything the row has read, but for the first tokens,
-        which every query reads; of the recent ones, the `keep` nearest. There may be several times as many rows as are
-        remembered: each row of memory then serves that many, which follow one another. `before`, one number or (rows,),
-        is added to their positions.
+        which every query reads; of the recent ones, the `keep` nearest. Where that is None nothing is retrieved: only
+        what is read whole is read. There may be several times as many rows as are remembered: each row of memory then
+        serves that many, which follow one another. `before`, one number or (rows,), is added to their positions.
         """
         seen = self._seen(query, asked, angles, positions)
         whole = [name for name in WHOLE if name in seen]
         if len(whole) == 2 and seen["first"] is seen["recent"]:
             whole = ["first recent"]
-        readings = {name: read_whole(self._held(name, query), seen[name.split()[0]], scale, keep) for name in whole} | {
+        readings = {
+            name: read_whole(self._held(name, query), seen[name.split()[0]], scale, keep or 0) for name in whole
+        } | {
             name: read_memory(store, seen[name], min(self.k, store.capacity), scale)
             for name, store in self.stores.items()
-            if name not in WHOLE
+            if name not in WHOLE and keep is not None
         }
         for name, reading in readings.items():
             neighbours = reading.neighbours

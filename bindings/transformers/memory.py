@@ -54,7 +54,7 @@ class ModelMemory(Keeping):
         self.trace: Trace | None = None
         self.last_trace: Trace | None = None
         self.restore: Any = None  # what detach needs
-        self.staging = False
+        self.staging, self.retrieving = False, True
         beside = settings["recent"] and limit is None  # what is recent keeps its distance, so positions go on
         self._shifting, self._bounded = bool(positions != "constant" or beside), positions == "clamped"
         self._limit, self._frozen = limit, False
@@ -96,7 +96,9 @@ class ModelMemory(Keeping):
             for row in rows:
                 self.history[row] = []
 
-    def read_document(self, text_or_ids: Any, progress: Progress = True, score: bool = False) -> Any:
+    def read_document(
+        self, text_or_ids: Any, progress: Progress = True, score: bool = False, retrieve: bool = True
+    ) -> Any:
         """Read a document of any length, window by window, remembering all that `capacity` allows.
 
         Parameters
@@ -107,6 +109,9 @@ class ModelMemory(Keeping):
             Show a progress bar on the terminal; or a function to call with the number of tokens of each window.
         score : bool
             Also score every token by what came before it.
+        retrieve : bool
+            False reads the document with no more than what is recent and the first tokens at hand, and remembers it all
+            the same: many times faster, and no slower the longer it is. What is asked afterwards retrieves.
 
         Returns
         -------
@@ -125,7 +130,11 @@ class ModelMemory(Keeping):
         def forward(part: torch.Tensor, start: int) -> torch.Tensor:
             return self.model(input_ids=part, use_cache=False, **keep).logits
 
-        losses = read_in_windows(ids, self.window, forward, progress, score)
+        before, self.retrieving = self.retrieving, retrieve
+        try:
+            losses = read_in_windows(ids, self.window, forward, progress, score)
+        finally:
+            self.retrieving = before
         return losses if score else ids.shape[1]
 
     @contextlib.contextmanager

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...backends.errors import ArgumentError
+
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin, (rows or 1, n, rotated dim)
 
 
@@ -29,10 +31,12 @@ class Rotary:
         `apply_rotary_pos_emb(q, k, cos, sin)` of the model's own source file.
     layer_type : str or None
         For models that rotate some of their layers otherwise.
+    times : int
+        Dimensions rotated for each number that cos has; some models give each number once for the two it rotates.
     """
 
-    def __init__(self, embedding: nn.Module, apply: Any, layer_type: str | None):
-        self.embedding, self.apply = copy.deepcopy(embedding), apply
+    def __init__(self, embedding: nn.Module, apply: Any, layer_type: str | None, times: int = 1):
+        self.embedding, self.apply, self.times = copy.deepcopy(embedding), apply, times
         self.extra = {} if layer_type is None else {"layer_type": layer_type}
 
     def angles(self, positions: torch.Tensor, like: torch.Tensor) -> Angles:
@@ -41,7 +45,7 @@ class Rotary:
 
     def turn(self, vectors: torch.Tensor, old: Angles, new: Angles) -> torch.Tensor:
         """`vectors` (rows, heads, n, dim), rotated by `old`, as if they had been rotated by `new`."""
-        width = old[0].shape[-1]  # some models rotate only the first few dimensions
+        width = self.times * old[0].shape[-1]  # some models rotate only the first few dimensions
         turned, rest = vectors[..., :width].to(torch.float32), vectors[..., width:]
         cos, sin = (a.to(torch.float32) for a in old)
         square = (cos[..., :1] ** 2 + sin[..., :1] ** 2)[:, None]  # some variants also scale, once in every rotation
@@ -54,11 +58,58 @@ class Rotary:
 
 
 def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary | None:
-    """The rotary embedding that `attention`, a layer of `model`, uses; None for a model with learned positions."""
-    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    """The rotary embedding that `attention`, a layer of `model`, uses; None for a layer that rotates nothing.
+
+    Raises
+    ------
+    ArgumentError
+        Keys that the functions found do not turn as the layer itself does.
+    """
     embedding = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
-    if apply is None or embedding is None:
+    if embedding is None:
         return None
-    by_type = "layer_type" in inspect.signature(type(embedding).forward).parameters
-    kinds = getattr(attention.config, "layer_types", None)
-    return Rotary(embedding, apply, kinds[attention.layer_idx] if by_type and kinds else None)
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if apply is not None and "position_embeddings" in inspect.signature(type(attention).forward).parameters:
+        by_type = "layer_type" in inspect.signature(type(embedding).forward).parameters
+        kinds = getattr(attention.config, "layer_types", None)
+        kind = kinds[attention.layer_idx] if by_type and kinds else None
+        if next(attention.parameters()).is_meta:  # nothing can be tried
+            return Rotary(embedding, apply, kind)
+        for times in (1, 2):
+            rotary = Rotary(embedding, apply, kind, times)
+            try:
+                near, far = (keys_of(attention, rotary, position) for position in NEAR_AND_FAR)
+                if torch.equal(near, far):
+                    return None
+                turned = rotary.turn(far, *(rotary.angles(at(position, far), far) for position in NEAR_AND_FAR[::-1]))
+            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+                continue
+            if float((turned - near).abs().max()) < CLOSE * float(near.abs().max()):
+                return rotary
+    remedy = "Attach memory to a model that rotates whole keys, by position, with its apply_rotary_pos_emb."
+    raise ArgumentError("model", "keys whose rotation can be undone", type(model).__name__, remedy)
+
+
+NEAR_AND_FAR = 1, 12  # positions at which a layer is tried
+CLOSE = 0.05  # of the largest number: what half precision may do to a key; another rotation changes it by as much
+
+
+def keys_of(attention: nn.Module, rotary: Rotary, position: int) -> torch.Tensor:
+    """The key (1, heads, 1, dim) that a layer computes of a vector, always the same, at `position`."""
+    like = next(attention.parameters())
+    width = attention.config.hidden_size
+    given = torch.linspace(-1, 1, width).mul(17).sin()[None, None].to(like.device, like.dtype)
+    caught: list[torch.Tensor] = []
+    with torch.no_grad():
+        attention(
+            hidden_states=given,
+            position_embeddings=rotary.angles(at(position, given), given),
+            attention_mask=None,
+            perdure_caught=caught,
+        )
+    return caught[0]
+
+
+def at(position: int, like: torch.Tensor) -> torch.Tensor:
+    """One position, as rotary embeddings take it."""
+    return torch.full((1, 1), position, device=like.device)

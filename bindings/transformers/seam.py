@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...backends.errors import ArgumentError
 from ...core.attention import Reading, gate, merge
 from .layer import LayerMemory
 from .mixing import read_locally
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .memory import ModelMemory
 
 BASES = ("sdpa", "eager")  # attention implementations that memory can join; their masks are understood in read_locally
+UNKNOWN = ("softcap", "position_bias", "sinks", "bias", "indices", "block_indices")  # what some models' attention takes
 GATE, SCALE = "perdure_gate", "perdure_scale"  # the parameters that gated mixing adds to an attention layer
 
 
@@ -56,9 +58,16 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     perdure_seam: Seam | None = None,
+    perdure_caught: list[torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The model's own attention, joined by what memory holds; (rows, q, query_heads, dim), and no weights."""
+    """The model's own attention, joined by what memory holds; (rows, q, query_heads, dim), and no weights.
+
+    With `perdure_caught` nothing is computed: the key is put there.
+    """
+    if perdure_caught is not None:
+        perdure_caught.append(key)
+        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[3]), None
     own = functools.partial(
         base_function(base, module),
         module,
@@ -85,6 +94,13 @@ def attention(
         return output, weights
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     at_hand = read_locally(query, key, value, attention_mask, scale)
+    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        remedy = "Attach memory to a model whose attention is a softmax of scaled scores."
+        raise ArgumentError("model", f"attention without {unknown[0]}", type(module).__name__, remedy)
+    if kwargs.get("s_aux") is not None:  # a score of each head that takes its part of the softmax, and gives nothing
+        idle = kwargs["s_aux"].to(at_hand.lse.dtype)[:, None].expand_as(at_hand.lse)
+        at_hand = merge(at_hand, Reading(torch.zeros_like(at_hand.output), idle))
     if dropout:  # the text at hand loses weights to dropout, after the softmax, as in the model's own attention
         at_hand = type(at_hand)(own()[0].transpose(1, 2), at_hand.lse)
     return join(module, seam, memories, query, at_hand, scale).transpose(1, 2).contiguous(), None
@@ -107,7 +123,9 @@ def join(
     for memory in memories:
         before = 0 if memory is seam.layer or seam.layer.empty else seam.layer.written  # a cache follows what was read
         asked = query if factor is None else query * factor.abs().to(query.dtype)[:, None, None]
-        for name, reading in memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, keep).items():
+        wanted = keep if seam.memory.retrieving else None
+        readings = memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, wanted)
+        for name, reading in readings.items():
             (found if name in ("near", "far") else beside).append(reading)
     trace = seam.memory.trace
     if bias is None or not found:

@@ -15,15 +15,16 @@ from .protocol import Ring
 class ExactIndex:
     """The formula `retrieve` over a row's keys, or what the backend that computes keeps of them for exact search.
 
-    With Numba that is the keys once more in another order, or, for rows of 32,768 tokens and more, codes of 8 bits
+    With Numba that is the keys once more in another order, or, once a row has room for 32,768 tokens, codes of 8 bits
     (bytes: dim + 12 a key and head; float32 keys, "ip" and "cosine", where the CPU multiplies bytes). A key is taken in
-    once, at the first search after its write, in O(heads dim).
+    at the first search after its write, in O(heads dim), and once more when codes take over.
     """
 
     def __init__(self, heads: int, dim: int, space: str, dtype: np.dtype):
         self.shape, self.space, self.dtype = (heads, dim), space, dtype
         self.followed = 0  # tokens of the row's history that were taken in, or have left the row before
         self.kept: Any = None
+        self.made_for = 0  # slots of the row for which `kept` is the kind that suits
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -59,8 +60,10 @@ class ExactIndex:
 
     def follow(self, row: Ring, make: Any) -> None:
         """Take in the keys that came since; those that left were in the slots that the new ones take."""
-        if self.kept is None:
-            self.kept, self.followed = make(*self.shape, self.space, self.dtype, row.capacity), 0
+        if self.kept is None or self.made_for != row.slots:
+            self.made_for, made = row.slots, make(*self.shape, self.space, self.dtype, row.slots)
+            if type(made) is not type(self.kept):
+                self.kept, self.followed = made, 0
         if self.followed == row.written:
             return
         self.kept.grow(row.slots)
