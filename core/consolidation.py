@@ -91,7 +91,7 @@ class Scheme:
 
     def recurrence(self, contraction: float, length: int) -> np.ndarray:
         """C (N, N) of an update, float64, kept."""
-        operator = self.later(contraction, length)
+        operator, M = self.later(contraction, length), self.looks(contraction)
 
         def make() -> np.ndarray:
             made, t = np.empty((len(self.basis), len(self.basis))), self.old_positions(contraction)
@@ -102,7 +102,7 @@ class Scheme:
             made.setflags(write=False)
             return made
 
-        return CACHE.get((operator.key, "recurrence"), make, lambda made: made.nbytes)
+        return CACHE.get((operator.key, M, "recurrence"), make, lambda made: made.nbytes)
 
 
 def apply(key: Any, matrix: np.ndarray, x: Any, addend: Any = None) -> Any:
@@ -136,7 +136,7 @@ def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: Any = Non
         return apply(operator.key, operator.matrix, _then(scheme.basis, B, where, x))
     new = apply((operator.key, "new", M), operator.matrix[:, M:], x)
     if where is None:
-        return apply((operator.key, "recurrence"), scheme.recurrence(contraction, x.shape[-2]), B, new)
+        return apply((operator.key, M, "recurrence"), scheme.recurrence(contraction, x.shape[-2]), B, new)
     return apply((operator.key, "old", M), operator.matrix[:, :M], scheme.basis(_beside(where, B))) @ B + new
 
 

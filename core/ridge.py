@@ -143,13 +143,8 @@ def fit_operator(
     O(N² (N + L)) time the first time, 8 N L bytes. Source: ∞-former (arXiv 2109.00301), equations 5 and 6. Differs
     from the paper in the penalty's scale, unless `original`.
     """
-    key = (
-        basis.key,
-        positions.tobytes(),
-        ridge,
-        *(None if a is None else a.tobytes() for a in (zeros, weights)),
-        original,
-    )
+    others = (None if a is None else a.tobytes() for a in (zeros, weights))
+    key = (basis.key, positions.tobytes(), ridge, original, *others)
     return CACHE.get(
         key, lambda: _factorise(basis, positions, ridge, zeros, original, weights, key), lambda made: made.matrix.nbytes
     )
@@ -164,9 +159,9 @@ def held(operator: FitOperator, samples: int, times: int) -> FitOperator:
         matrix = np.concatenate([operator.matrix[:, :first], sums], axis=1)
         matrix.setflags(write=False)
         freedom = min(operator.degrees_of_freedom, matrix.shape[1])
-        return replace(operator, matrix=matrix, degrees_of_freedom=freedom, key=(operator.key, "held", times))
+        return replace(operator, matrix=matrix, degrees_of_freedom=freedom, key=(operator.key, "held", samples, times))
 
-    return CACHE.get((operator.key, "held", times), make, lambda made: made.matrix.nbytes)
+    return CACHE.get((operator.key, "held", samples, times), make, lambda made: made.matrix.nbytes)
 
 
 def _factorise(

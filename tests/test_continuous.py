@@ -532,3 +532,13 @@ def test_what_one_token_stands_for_is_what_so_many_copies_of_it_would_be(rng):
     scheme, x = Scheme(perdure.gaussian_basis(40), 1e-3, 40), rng.standard_normal((4, 2))
     copies = math.ceil(1 / 4 / scheme.basis.widths[0])
     assert np.abs(fitted(scheme, x) - fitted(scheme, np.repeat(x, copies, axis=0))).max() < 1e-12
+
+
+def test_updates_that_share_positions_but_not_looks_are_kept_apart(rng):
+    """A quarter of 512 even positions is old in one, half of them in the other: one operator, two recurrences."""
+    basis, B = perdure.gaussian_basis(48), rng.standard_normal((1, 48, 2))
+    for tau, looks, length in ((0.5, 256, 256), (0.25, 128, 384)):
+        scheme, x = Scheme(basis, 1e-3, looks), rng.standard_normal((1, length, 2))
+        samples = np.concatenate([basis(centred(looks)) @ B, x], axis=1)
+        wanted = scheme.later(tau, length).matrix @ samples
+        assert np.abs(updated(scheme, B, x, tau) - wanted).max() < 1e-11
