@@ -163,7 +163,7 @@ def measure(n: int, length: int, widths: str, rounds: int) -> dict[str, Any]:
         {"first": partial(_first_update, scheme, B, x), "next": partial(updated, scheme, B, x, TAU)}, rounds
     )
     construction = spent["first"] - spent["next"]
-    again = once(lambda: scheme.recurrence(TAU, length))
+    again = once(lambda: scheme.recurrence(scheme.later(TAU, length), TAU))
     w = {name: rng.standard_normal((HEADS * DIM, E), np.float32) / math.sqrt(E) for name in ("W_K", "W_V")}
     w["W_O"] = rng.standard_normal((E, HEADS * DIM), np.float32) / math.sqrt(HEADS * DIM)
     w |= {name: rng.standard_normal(n, np.float32) / math.sqrt(n) for name in ("w_mean", "w_variance")}

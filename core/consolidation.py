@@ -89,9 +89,8 @@ class Scheme:
             return published.update_positions(contraction, self.samples, length)[1]
         return after_contraction(contraction, self.samples, length)[1]
 
-    def recurrence(self, contraction: float, length: int) -> np.ndarray:
-        """C (N, N) of an update, float64, kept."""
-        operator, M = self.later(contraction, length), self.looks(contraction)
+    def recurrence(self, operator: FitOperator, contraction: float) -> np.ndarray:
+        """C (N, N) of an update by its `operator`, float64, kept."""
 
         def make() -> np.ndarray:
             made, t = np.empty((len(self.basis), len(self.basis))), self.old_positions(contraction)
@@ -102,7 +101,7 @@ class Scheme:
             made.setflags(write=False)
             return made
 
-        return CACHE.get((operator.key, M, "recurrence"), make, lambda made: made.nbytes)
+        return CACHE.get((operator.key, self.looks(contraction), "recurrence"), make, lambda made: made.nbytes)
 
 
 def apply(key: Any, matrix: np.ndarray, x: Any, addend: Any = None) -> Any:
@@ -136,7 +135,7 @@ def updated(scheme: Scheme, B: Any, x: Any, contraction: float, where: Any = Non
         return apply(operator.key, operator.matrix, _then(scheme.basis, B, where, x))
     new = apply((operator.key, "new", M), operator.matrix[:, M:], x)
     if where is None:
-        return apply((operator.key, M, "recurrence"), scheme.recurrence(contraction, x.shape[-2]), B, new)
+        return apply((operator.key, M, "recurrence"), scheme.recurrence(operator, contraction), B, new)
     return apply((operator.key, "old", M), operator.matrix[:, :M], scheme.basis(_beside(where, B))) @ B + new
 
 

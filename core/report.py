@@ -132,7 +132,7 @@ def predicted_errors(scheme: Scheme, length: int, contraction: float, features: 
     of the segment, of equal power: a signal of that many independent features.
     """
     operator = scheme.later(contraction, length)
-    C = scheme.recurrence(contraction, length)  # (N, N)
+    C = scheme.recurrence(operator, contraction)  # (N, N)
     positions = scheme.new_positions(contraction, length)
     X = np.cos(np.pi * centred(length)[:, None] * np.arange(features))  # (L, features)
     B = operator.matrix[:, scheme.looks(contraction) :] @ X

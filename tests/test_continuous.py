@@ -506,7 +506,7 @@ def test_no_stream_of_any_lengths_makes_the_signal_grow(rng, kind):
             looked = None if rng.random() < 0.5 else rng.random((1, 128)) ** 4
             memory.write(np.sign(rng.standard_normal((1, int(length), 1))), looked)
             assert np.abs(memory.signal(np.linspace(0, 1, 257))).max() < 6
-        C = memory.scheme.recurrence(0.99, 1)
+        C = memory.scheme.recurrence(memory.scheme.later(0.99, 1), 0.99)
         assert np.abs(np.linalg.eigvals(C)).max() < 1
 
 

@@ -254,6 +254,6 @@ class ContinuousAttention(TransformerXLAttention):
             M = self.scheme.looks(self.contraction)
             old, new = later.matrix[:, :M], later.matrix[:, M:]
             empty = torch.empty(0, device=device, dtype=dtype)
-            arrays = (first.matrix, self.scheme.recurrence(self.contraction, self.segment), old, new)
+            arrays = (first.matrix, self.scheme.recurrence(later, self.contraction), old, new)
             made[key] = tuple(like(np.ascontiguousarray(a), empty) for a in arrays)
         return made[key]
