@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import machine
-from .certify import HELPLESS, narrow, no_candidates, panels_a_tile, sample, settle, tighten_all
+from .certify import HELPLESS, best_of, narrow, no_candidates, panels_a_tile, sample, settle, tighten_all
 from .code_tile import FEW, MANY, ONE
 from .codes import CHUNK, PACKED, centre_of, encode_keys, encode_queries, words_for
 from .heap import order
@@ -147,7 +147,7 @@ class Codes:
 def sampled(
     coded: tuple[np.ndarray, ...], stored: int, asked: tuple[np.ndarray, ...], k: int, bounds: np.ndarray
 ) -> None:
-    """Raise the bounds (q,) that are not infinite to what k keys are sure to exceed, as Search.sample does."""
+    """Raise the bounds (q,) that are not infinite to what k keys are sure to exceed, as scan_ring does."""
     queries = asked[0].shape[2] // PACKED
     span, step = panels_a_tile(queries) * coded[1].shape[1], SAMPLED[queries]
     buckets = -(-4 * k // span) * span
@@ -167,19 +167,19 @@ def empty_codes(slots: int, d: int) -> tuple[np.ndarray, ...]:
 
 
 def rescore(
-    queries: np.ndarray, keys: np.ndarray, candidates: np.ndarray, k: int, space: str, start: int
+    queries: np.ndarray, keys: np.ndarray, positions: np.ndarray, k: int, space: str, stored: int, oldest: int
 ) -> tuple[np.ndarray, np.ndarray] | Any:
-    """Scores and ages (q, k) of the best of candidates (q, m), ages or -1, among keys (stored, d) of a ring."""
+    """Scores and positions (heads, q, k) of the best of the tokens at positions (heads, q, m), -1 for none.
+
+    The keys (heads, slots, d) are a row's, of whose history it holds `stored` tokens, the first at position `oldest`;
+    queries (heads, q, d) come at norm 1 for cosine.
+    """
     if queries.dtype != np.float32 or keys.dtype != np.float32 or space == "l2":
         return NotImplemented
-    q = len(queries)
-    scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
-    counts = np.sum(candidates >= 0, axis=1)
-    places = -np.sort(-candidates, axis=1)  # what is none comes last
-    queries = unit(queries) if space == "cosine" else np.ascontiguousarray(queries)
-    settle(queries, keys, start, space == "cosine", (places, counts), scores, ages)
-    order(scores, ages)
-    return scores, ages
+    shape = *positions.shape[:2], k
+    scores, found = np.empty(shape, np.float32), np.empty(shape, np.int64)
+    best_of(np.ascontiguousarray(queries), keys, stored, oldest, space == "cosine", positions, scores, found)
+    return scores, found
 
 
 def encoded(queries: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:

@@ -26,6 +26,7 @@ from .search import NOTHING
 from .tile import highest_bit, lanes
 
 FEWER = 384  # candidates that there is room for, beside 4 k, where bounds are drawn closer
+SIZES = (ONE[1], FEW[1], MANY[1])
 LIKELY = 2.0  # on either side of a score; the errors of the two that are compared add up to sqrt(2) of one
 
 
@@ -73,35 +74,58 @@ class CodedLists:
         at position `oldest`, that are in the lists probes (q, p): all but surely, or if `sure`, surely. A query whose
         candidates the codes cannot tell apart is searched exactly.
         """
-        queries = np.ascontiguousarray(queries)
-        q, words, chains = len(queries), self.codes[0].shape[1], self.chains
-        asked = (
-            np.zeros((q, words, PACKED), np.int8),
-            np.zeros((q, -(-words // CHUNK)), np.int32),
-            *np.ones((2, q), np.float32),
-        )
-        encode_queries(queries, 1, *asked)
-        if not sure:
-            asked[2][:] *= min(LIKELY / math.sqrt(self.d), 1.0)  # the reach of the bounds
-        candidates = no_candidates(q, k, min(4 * k + (ROOM if sure else FEWER), len(keys)))
-        counts = candidates[3]
-        counts[asked[3] == np.inf] = HELPLESS
-        bounds = np.where(counts == HELPLESS, np.inf, -np.inf).astype(np.float32)
-        scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), NONE, np.int64)
-        for some in (probes[:, :1], probes[:, 1:5], probes[:, 5:]):  # from the first lists, bounds for the others
-            if some.size:
-                who = by_list(some, len(chains.ends), (ONE, FEW, MANY))
-                pages = (chains.ends, chains.positions, chains.links)
-                narrow_lists(self.codes, asked, *who, *pages, oldest, k, bounds, candidates, sure)
-                tighten_all(k, bounds, candidates, sure)
-        settle(queries, keys, start, self.space == "cosine", (candidates[0], counts), scores, ages)
-        order(scores, ages)
-        helpless = np.flatnonzero(counts == HELPLESS)
+        queries, chains, stored = np.ascontiguousarray(queries), self.chains, len(keys)
+        room = min(4 * k + (ROOM if sure else FEWER), stored)
+        reach = 1.0 if sure else min(LIKELY / math.sqrt(self.d), 1.0)
+        scores, ages = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        pages = (chains.ends, chains.positions, chains.links)
+        row = (keys, start, oldest, self.space == "cosine")
+        helpless = search_pages(self.codes, pages, row, queries, probes, room, reach, sure, scores, ages)
         if helpless.size:
-            width = min(k, len(keys))
+            width = min(k, stored)
             found = search_rows(queries[helpless], keys, width, self.space, NOTHING, start)
-            scores[helpless, :width], ages[helpless, :width] = found
-        return scores, np.where(ages >= 0, ages + oldest, NONE)
+            scores[helpless, :width], ages[helpless, :width] = found[0], found[1] + oldest
+        return scores, ages
+
+
+@njit(cache=True, nogil=True)
+def search_pages(codes, pages, row, queries, probes, room, reach, sure, scores, found):
+    """Fill scores and found (q, k), best first, with the positions of the best keys of the lists probes (q, p).
+
+    Returns the queries for which that could not be done. `reach` is the share of their bounds that is drawn.
+    """
+    keys, start, oldest, unit = row
+    chain_ends, positions, links = pages
+    (q, k), words = scores.shape, codes[0].shape[1]
+    asked = (
+        np.zeros((q, words, PACKED), np.int8),
+        np.zeros((q, (words + CHUNK - 1) // CHUNK), np.int32),
+        np.ones(q, np.float32),
+        np.ones(q, np.float32),
+    )
+    encode_queries(queries, 1, *asked)
+    asked[2][:] *= np.float32(reach)
+    candidates = no_candidates(q, k, room)
+    counts, bounds = candidates[3], np.full(q, -np.inf, np.float32)
+    for i in range(q):
+        if asked[3][i] == np.inf:
+            counts[i], bounds[i] = HELPLESS, np.inf
+    first = 0
+    for last in (1, 5, probes.shape[1]):  # from the first lists, bounds for the others
+        if first < min(last, probes.shape[1]):
+            asking, begins, size = by_list(probes[:, first:last], chain_ends.shape[0], SIZES)
+            narrow_lists(
+                codes, asked, asking, begins, size, chain_ends, positions, links, oldest, k, bounds, candidates, sure
+            )
+            tighten_all(k, bounds, candidates, sure)
+        first = last
+    scores[:], found[:] = -np.inf, NONE
+    settle(queries, keys, start, unit, (candidates[0], counts), scores, found)
+    order(scores, found)
+    for i in range(q):
+        for j in range(k):
+            found[i, j] = found[i, j] + oldest if found[i, j] >= 0 else NONE
+    return np.flatnonzero(counts == HELPLESS)
 
 
 @njit(cache=True, nogil=True)

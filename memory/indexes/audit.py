@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -11,10 +12,12 @@ from ...core.retrieval import retrieve
 from .protocol import Ring
 
 ALTERED = "Pass an unaltered state_dict."
-ALL, EARLY = 64, 4096  # queries that are all audited, and those
-OFTEN, SELDOM = 8, 256  # of which one in so many is, and of the later ones
+ALL, EARLY, MOVED = 64, 4096, 2048  # queries that are all audited, and those, more of them in every turnover,
+OFTEN, SELDOM = 8, 256  # of which one in so many is, and of all others
 ASKED, MOST = 32, 128  # queries of a search that are audited at once, a head: if there are so many, and at most
+NONE = np.empty(0, int)
 MEMORY = 0.93  # weight of the audits so far when ASKED more are
+STALE = 1.0  # turnovers in which what audits have found keeps 1/e of its weight
 
 
 class Audit:
@@ -27,16 +30,29 @@ class Audit:
     def restart(self) -> None:
         """What was measured so far was about another setting: begin again."""
         self.queries = self.audited = 0
+        self.begun = self.last = math.nan  # turnovers of the row then, and at the last audit
 
-    def due(self, queries: int) -> np.ndarray:
-        """Count the queries of a search, and say which of them are to be audited: evenly spread ones, or none."""
+    def due(self, queries: int, turnovers: float) -> np.ndarray:
+        """Count the queries of a search, and say which of them are to be audited: evenly spread ones, or none.
+
+        `turnovers` is how often all that the row holds has been replaced: what audits have found is about keys, and
+        as a rule queries, that have left since.
+        """
         self.queries += queries
-        owed = min(self.queries, ALL + min(self.queries, EARLY) // OFTEN + self.queries // SELDOM) - self.audited
+        self.begun = turnovers if math.isnan(self.begun) else self.begun
+        often = min(self.queries, EARLY + int(MOVED * (turnovers - self.begun)))
+        owed = min(self.queries, ALL + often // OFTEN + self.queries // SELDOM) - self.audited
         some = min(owed, queries, MOST)
         if some <= 0 or some < min(queries, ASKED):
-            return np.empty(0, int)
+            return NONE
         self.audited += some
         return np.linspace(0, queries - 1, some).astype(int)
+
+    def trust(self, turnovers: float) -> float:
+        """What the audits so far still count, now that there is another one."""
+        moved = 0.0 if math.isnan(self.last) else max(turnovers - self.last, 0.0)
+        self.last = turnovers
+        return math.exp(-moved / STALE)
 
     def observe(self, found: np.ndarray, exact: np.ndarray) -> None:
         """Take in what an audit found: positions (heads, q, k) by the index, and by exact search."""
@@ -56,7 +72,7 @@ class Audit:
             )
 
     def state(self) -> np.ndarray:
-        return np.array([self.recall, self.queries, self.audited, self.warned], np.float64)
+        return np.array([self.recall, self.queries, self.audited, self.warned, self.begun, self.last], np.float64)
 
     def restore(self, state: np.ndarray | None) -> None:
         """Go on from `state`.
@@ -64,12 +80,15 @@ class Audit:
         Raises
         ------
         ArgumentError
-            Not four numbers.
+            Not six numbers.
         """
-        if state is None or state.shape != (4,):
-            raise ArgumentError("state", "the four numbers of an audit", repr(state), ALTERED)
+        if state is not None and state.shape == (4,):  # an older one
+            state = np.append(state, [math.nan, math.nan])
+        if state is None or state.shape != (6,):
+            raise ArgumentError("state", "the six numbers of an audit", repr(state), ALTERED)
         self.recall, self.queries = float(state[0]), int(state[1])
         self.audited, self.warned = int(state[2]), bool(state[3])
+        self.begun, self.last = (float(x) if math.isfinite(x) else math.nan for x in state[4:])
 
 
 def weight_of_past(queries: int) -> float:
