@@ -25,7 +25,7 @@ def register() -> None:
     except ImportError:
         return
 
-    class Threads(threadpoolctl.LibController):  # type: ignore[misc]
+    class Threads(threadpoolctl.LibController):
         user_api = internal_api = "perdure"
         filename_prefixes = ("_multiarray_umath",)
 

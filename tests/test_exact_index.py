@@ -114,8 +114,7 @@ def test_the_compiled_tile_of_codes_is_the_plain_one(rng, shape):
     keys[wide], queries[size] = 1, 1  # the largest sums there can be
     key_codes = coded.empty_codes(slots, d)
     codes_module.encode_keys(keys, np.arange(slots), np.zeros(d), *key_codes)
-    with mock.patch.multiple(coded, ONE=shape, FEW=shape, MANY=shape):
-        asked, _ = coded.encoded(queries)
+    asked, _ = coded.encoded(queries, size)
     for bound in (-np.inf, 1e4, np.inf):
         outcomes = []
         for function in (run, plain):
@@ -145,7 +144,7 @@ def test_codes_bound_every_score(data):
     made.write(keys[None], None, 0)
     if data.draw(st.booleans()):
         made.settle_down(keys[None])  # around their mean
-    asked, bounds = coded.encoded(queries)
+    asked, bounds = coded.encoded(queries, coded.SIZES[-1])
     size = asked[0].shape[2] // 4
     exact = chain(queries, keys, "ip") - (queries.astype(np.float64) @ made.centres[0])[:, None]
     ends = code_tile.plain_code_tile(1, size)
@@ -220,7 +219,7 @@ def test_a_memory_finds_what_its_stream_holds(fewest, data):
 
 def finds_what_its_stream_holds(data):
     d, k = data.draw(st.sampled_from((1, 4, 17))), data.draw(st.sampled_from((1, 4, 40)))
-    large = 70 if config.DISABLE_JIT else max(coded.SAMPLED.values()) * tile.lanes(np.float32) * tile.ONE[0]
+    large = 70 if config.DISABLE_JIT else max(coded.SAMPLED) * tile.lanes(np.float32) * tile.ONE[0]
     capacity = data.draw(st.sampled_from((1, 50, 64, large, large + 37)))
     space = data.draw(st.sampled_from(("ip", "l2")))
     memory = perdure.KNNMemory(1, 1, d, capacity, space=space)

@@ -21,7 +21,7 @@ from .codes import CHUNK, PACKED, centre_of, encode_keys, encode_queries
 from .heap import order
 from .lists import Lists, by_list
 from .retrieval import search_rows
-from .scan import below
+from .scan import below, kth_largest
 from .search import NOTHING
 from .tile import highest_bit, lanes
 
@@ -114,9 +114,8 @@ def search_pages(codes, pages, row, queries, probes, room, reach, sure, scores, 
     for last in (1, 5, probes.shape[1]):  # from the first lists, bounds for the others
         if first < min(last, probes.shape[1]):
             asking, begins, size = by_list(probes[:, first:last], chain_ends.shape[0], SIZES)
-            narrow_lists(
-                codes, asked, asking, begins, size, chain_ends, positions, links, oldest, k, bounds, candidates, sure
-            )
+            who = (asking, begins, size)
+            narrow_lists(codes, asked, *who, chain_ends, positions, links, oldest, k, bounds, candidates, sure)
             tighten_all(k, bounds, candidates, sure)
         first = last
     scores[:], found[:] = -np.inf, NONE
@@ -130,7 +129,11 @@ def search_pages(codes, pages, row, queries, probes, room, reach, sure, scores, 
 
 @njit(cache=True, nogil=True)
 def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links, oldest, k, bounds, candidates, sure):
-    """Collect candidates from every list for the queries that probe it, asking[begins[l] : begins[l + 1]]."""
+    """Collect candidates from every list for the queries that probe it, asking[begins[l] : begins[l + 1]].
+
+    Where they have no bounds yet, the list is looked through beforehand: what k of its keys are sure to reach spares
+    most of the others from being candidates.
+    """
     words, starts, reach, slip = asked
     places, lows, highs, counts, marks = candidates
     wide, keys_a_page = panels_a_tile(size), positions.shape[1]
@@ -156,6 +159,16 @@ def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links
                 ratio[i // size] = max(ratio[i // size], slip[who[i]])
         group_asked = (some, some_starts, some_reach, ratio)
         page = chain_ends[owner, 1]
+        sets, slots, other = (4 * k + span - 1) // span * span, 0, page
+        while other != NONE and slots < sets:
+            slots, other = slots + keys_a_page, links[other, 0]
+        if slots >= sets and own_bounds.min() == -np.inf:
+            maxima = np.full((groups * size, sets), np.float32(-np.inf))
+            list_maxima(keys, page, group_asked, positions, links, oldest, low, high, hits, maxima)
+            for i in range(count):
+                if own_bounds[i] == -np.inf:
+                    bounds[who[i]] = kth_largest(maxima[i], k)
+                    own_bounds[i] = just_below(bounds[who[i]])
         while page != NONE:
             for part in range(keys_a_page // span - 1, -1, -1):
                 group, panel = -1, (page * keys_a_page + part * span) // keys[1].shape[1]
@@ -177,3 +190,25 @@ def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links
                                 if counts[query] != HELPLESS:
                                     keep(query, position - oldest, low[at], high[at], places, lows, highs, counts)
             page = links[page, 0]
+
+
+@njit(cache=True, nogil=True)
+def list_maxima(keys, page, asked, positions, links, oldest, low, high, hits, maxima):
+    """Fill maxima (queries, m) with the largest lower ends of disjoint sets of the living keys of a list."""
+    size = hits.shape[0]
+    span, column = low.shape[0] // size, 0
+    everything, alive = np.full(maxima.shape[0], np.float32(-np.inf)), np.empty(span, np.bool_)
+    while page != NONE:
+        for part in range(positions.shape[1] // span):
+            for lane in range(span):
+                alive[lane] = positions[page, part * span + lane] >= oldest
+            panel = (page * positions.shape[1] + part * span) // keys[1].shape[1]
+            for group in range(maxima.shape[0] // size):
+                ends(keys, panel, asked, group, everything, low, high, hits)
+                for j in range(size):
+                    into = maxima[group * size + j, column : column + span]
+                    for lane in range(span):
+                        if alive[lane]:
+                            into[lane] = max(into[lane], low[j * span + lane])
+            column = (column + span) % maxima.shape[1]
+        page = links[page, 0]

@@ -22,7 +22,7 @@ from ...core import checks
 from ...core.retrieval import retrieve, unit
 from ..lock import ReadWriteLock
 from ..storage import cast_silently
-from .audit import ALTERED, NONE, Audit, exact_positions
+from .audit import ALTERED, Audit, exact_positions
 from .exact import written_between
 from .protocol import Ring, turnovers
 
@@ -57,7 +57,7 @@ class HNSWIndex:
     def state(self) -> dict[str, np.ndarray]:
         """The beam width, the measured recall, and what graphs are over: they are built again, the same."""
         runs = np.array([*self.graphs, *self.saved], np.int64).reshape(-1, 2)
-        return {"ef": np.array([self.ef], np.int64), "runs": runs, "audit": self.audit.state()}
+        return {"ef": np.array([self.ef], np.int64), "runs": runs, **self.audit.state(self.heads, self.dim)}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         ef = state.get("ef", np.empty(0))
@@ -73,7 +73,7 @@ class HNSWIndex:
         ):
             raise ArgumentError("state", f"runs of segments of {self.segment}", f"{runs}", ALTERED)
         self.ef, self.saved = int(ef[0]), [(int(first), int(last)) for first, last in runs if first < last]
-        self.audit.restore(state.get("audit"))
+        self.audit.restore(state, self.heads, self.dim)
 
     def explain(self) -> str:
         return (
@@ -83,26 +83,45 @@ class HNSWIndex:
         )
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if queries.dtype != np.float32 and self.space != "cosine":
+            checks.measurable(queries=cast_silently(queries, np.float32))
         with self.lock:
             self.follow(row)
             graphs, ef = self.graphs, max(self.ef, k)
+            audited = self.audit.taken(queries, turnovers(row)) if graphs else None
+        if audited is not None:
+            self.learn(row, audited, k, graphs, ef)
+        return self.found(row, queries, k, graphs, ef)
+
+    def learn(self, row: Ring, queries: np.ndarray, k: int, graphs: dict[tuple[int, int], list[Any]], ef: int) -> None:
+        """Widen the beam if audited queries (heads, q, dim) say so."""
+        _, positions = self.found(row, queries, k, graphs, ef)
+        exact = exact_positions(row, queries, k, self.space)
+        with self.lock:
+            self.audit.observe(positions, exact)
+            if self.audit.recall < self.audit.target and self.ef >= MOST:
+                self.audit.warn('index="hnsw"', REMEDY)
+            elif self.audit.recall < self.audit.target:
+                self.ef = min(2 * self.ef, MOST)
+                self.audit.restart()
+
+    def found(
+        self, row: Ring, queries: np.ndarray, k: int, graphs: dict[tuple[int, int], list[Any]], ef: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions (heads, q, k) by the graphs with beam `ef`, and by exact search of what is in none."""
+        if row.stored == 0:
+            shape = *queries.shape[:2], k
+            return np.full(shape, -np.inf, queries.dtype), np.full(shape, -1, np.int64)
         asked = unit(queries) if self.space == "cosine" else queries
         narrow = cast_silently(asked, np.float32)
-        if narrow is not asked:
-            checks.measurable(queries=narrow)
         found = [self.candidates(row, h, queries[h], narrow[h], k, graphs, ef) for h in range(self.heads)]
-        scores, positions = self.rescored(row, asked, k, found[0][None] if len(found) == 1 else np.stack(found))
-        some = self.audit.due(queries.shape[1], turnovers(row)) if graphs else NONE
-        if some.size:
-            exact = exact_positions(row, queries[:, some], k, self.space)
-            with self.lock:
-                self.audit.observe(positions[:, some], exact)
-                if self.audit.recall < self.audit.target and self.ef >= MOST:
-                    self.audit.warn('index="hnsw"', REMEDY)
-                elif self.audit.recall < self.audit.target:
-                    self.ef = min(2 * self.ef, MOST)
-                    self.audit.restart()
-        return scores, positions
+        positions = found[0][None] if len(found) == 1 else np.stack(found)
+        direct = getattr(load(current_backend()), "rescore", None)
+        if direct is not None:
+            best = direct(asked, row.part("keys", ...)[0], positions, k, self.space, row.stored, row.oldest)
+            if best is not NotImplemented:
+                return best
+        return self.by_formula(row, queries, k, positions)
 
     def follow(self, row: Ring) -> None:
         """Drop the graphs that a token has left; build those of the segments that became complete."""
@@ -150,8 +169,6 @@ class HNSWIndex:
                 _, ages = retrieve(queries, keys, k, self.space, None, 0)
                 parts.append(np.where(ages >= 0, ages + first, -1))
                 first += len(keys)
-        if not parts:
-            return np.full((len(queries), k), -1, np.int64)
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def ends(self, row: Ring, graphs: dict[tuple[int, int], list[Any]]) -> list[tuple[int, int]]:
@@ -172,13 +189,10 @@ class HNSWIndex:
             raise RecallError("search", expected, f"fewer ({error})", "Use index='exact'.") from error
         return positions.view(np.int64)
 
-    def rescored(self, row: Ring, queries: np.ndarray, k: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def by_formula(
+        self, row: Ring, queries: np.ndarray, k: int, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k best of the candidates positions (heads, q, m), by (score, newest), scored in full."""
-        direct = getattr(load(current_backend()), "rescore", None)
-        if direct is not None:
-            found = direct(queries, row.part("keys", ...)[0], positions, k, self.space, row.stored, row.oldest)
-            if found is not NotImplemented:
-                return found
         positions = np.sort(positions, axis=-1)  # by age, so that ties go to the newest; nothing (-1) first
         heads = np.arange(self.heads)[:, None, None]
         keys = row.numbers("keys", (heads, np.where(positions >= 0, positions % row.capacity, 0)))

@@ -15,7 +15,7 @@ from ...backends.errors import ArgumentError
 from ...backends.registry import current_backend, load
 from ...core.retrieval import retrieve, unit
 from ..lock import ReadWriteLock
-from .audit import ALTERED, NONE, Audit, overlap
+from .audit import ALTERED, Audit, overlap
 from .centroids import nearest, train
 from .exact import ExactIndex, written_since
 from .probing import Probing
@@ -65,7 +65,7 @@ class IVFIndex:
                 "centroids": self.centroids,
                 "labels": self.labels.copy(),
                 "counts": np.array(counts, np.int64),
-                "audit": self.audit.state(),
+                **self.audit.state(*self.given[:2]),
                 **self.probing.state(),
             }
 
@@ -82,7 +82,7 @@ class IVFIndex:
             self.probing.restore(state)
             self.centroids, self.labels, self.exact = state["centroids"], state["labels"], None
             _, self.followed, self.trained_at, self.trained_on, self.trainings = map(int, counts)
-            self.audit.restore(state.get("audit"))
+            self.audit.restore(state, *self.given[:2])
 
     def explain(self) -> str:
         if self.centroids is None:
@@ -94,23 +94,17 @@ class IVFIndex:
         )
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        asked = unit(queries) if self.space == "cosine" else queries
         with self.lock:
             self.follow(row)
             exact = self.exact
-            audited = self.audit.due(queries.shape[1], turnovers(row)) if exact is None else NONE
+            audited = self.audit.taken(asked, turnovers(row)) if exact is None else None
         if exact is not None:
             return exact.search(row, queries, k)
-        asked = unit(queries) if self.space == "cosine" else queries
-        if audited.size:
-            true, ranks = self.audited(row, asked[:, audited], k)
-        best = self.best_lists(asked, self.probes)
-        scores, positions = self.search_lists(row, asked, k, best)
+        if audited is not None:
+            self.learn(row, audited, k)
+        scores, positions = self.search_lists(row, asked, k, self.best_lists(asked, self.probes))
         self.complete(row, queries, scores, positions)
-        if audited.size:
-            searched = np.where(ranks < best.shape[2], true, -1)
-            missed = 1 - overlap(positions[:, audited], searched)
-            with self.lock:
-                self.probing.lose(missed * (searched >= 0).sum() / max((true >= 0).sum(), 1), audited.size)
         return scores, positions
 
     @property
@@ -154,19 +148,23 @@ class IVFIndex:
             found, ages = retrieve(queries[:, short], keys, positions.shape[2], self.space, None, row.start)
             scores[:, short], positions[:, short] = found, np.where(ages >= 0, ages + row.oldest, -1)
 
-    def audited(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The true neighbours' positions (heads, q, k) and the ranks of their lists; learn how many lists to search."""
+    def learn(self, row: Ring, queries: np.ndarray, k: int) -> None:
+        """From audited queries (heads, q, dim), how many lists to search: by the ranks of their neighbours' lists."""
         lists = self.probing.lists
-        _, true = self.search_lists(row, queries, k, np.broadcast_to(np.arange(lists), (*queries.shape[:2], lists)))
         order = self.best_lists(queries, lists)
         ranks = np.empty_like(order)
         np.put_along_axis(ranks, order, np.broadcast_to(np.arange(lists), order.shape), axis=-1)
+        _, true = self.search_lists(row, queries, k, order)
         slots = np.where(true >= 0, true % row.capacity, 0)
         labels = np.take_along_axis(self.labels[:, None, :], slots.reshape(self.heads, 1, -1), axis=-1)
         ranks = np.take_along_axis(ranks, labels.reshape(true.shape).astype(np.int64), axis=-1)
         with self.lock:
             self.probing.observe(ranks, true >= 0, self.audit.trust(turnovers(row)))
-        return true, ranks
+            probes = self.probes
+        searched = np.where(ranks < probes, true, -1)
+        missed = 1 - overlap(self.search_lists(row, queries, k, order[..., :probes])[1], searched)
+        with self.lock:
+            self.probing.lose(missed * (searched >= 0).sum() / max((true >= 0).sum(), 1), queries.shape[1])
 
     @property
     def scored(self) -> str:
