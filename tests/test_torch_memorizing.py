@@ -25,6 +25,8 @@ def definition(layer, x):
         return each.repeat(HEADS // len(each), axis=0)
 
     queries, keys, values = heads(layer.query), heads(layer.key), heads(layer.value)
+    if layer.keys == "before":
+        keys = np.concatenate([np.zeros_like(keys[:, :1]), keys[:, :-1]], axis=1)
     if layer.normalize:
         queries, keys = (a / np.sqrt((a**2).sum(-1, keepdims=True) + 1e-6) for a in (queries, keys))
     scale = layer.scale.detach().abs().numpy() if layer.normalize else np.full(HEADS, queries.shape[-1] ** -0.5)
@@ -66,6 +68,8 @@ def definition(layer, x):
         {"capacity": 2, "k": 4},
         {"window": 5, "kv_heads": 1},
         {"combine": "joint", "kv_heads": 1},
+        {"keys": "before"},
+        {"keys": "before", "window": 2, "combine": "joint", "overlap": False, "normalize": False},
     ],
     ids=str,
 )
@@ -96,6 +100,21 @@ def test_positions_count_distances_only(positions):
     window = run(layer, x[:, -SEGMENT - 3 :])[0]  # the same tokens, at other absolute positions
     torch.testing.assert_close(with_past[:, :1], window[:, 3:4])
     assert (run(layer, x.flip(1)[:, :4])[0][:, 3] - run(layer, x.flip(1)[:, [1, 0, 2, 3]])[0][:, 3]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+def test_projections_that_start_equal_find_the_place_that_followed(kv_heads):
+    options = {"capacity": 64, "k": 1, "segment": SEGMENT, "kv_heads": kv_heads, "dtype": "float64", "bias": True}
+    torch.manual_seed(4)
+    layer = MemorizingAttention(DIM, HEADS, **options, keys="before", projections="equal").double()
+    layer.output = torch.nn.Identity()
+    with torch.no_grad():
+        layer.gate.fill_(1e9)  # memory alone
+    x = tokens(1, 2 * SEGMENT)
+    found = layer(x[:, 3:4], run(layer, x)[1])[0]  # k = 1: the value of one place
+    wanted = layer.value(x[:, 4:5]).unflatten(-1, (kv_heads, -1)).repeat_interleave(HEADS // kv_heads, dim=2)
+    first = slice(0, DIM // HEADS) if kv_heads == 1 else slice(None)  # with one key head, equal to the first query's
+    torch.testing.assert_close(found[..., first], wanted.flatten(2)[..., first])
 
 
 def test_memory_takes_a_segment_as_it_ends_and_the_newest_capacity_stay():
@@ -206,6 +225,8 @@ def test_a_memory_that_is_written_at_another_time_is_refused():
         ("reach", {"window": -1}),
         ("kv_heads", {"heads": 4, "kv_heads": 3}),
         ("scale", {"scale": 0}),
+        ("keys", {"keys": "after"}),
+        ("projections", {"projections": "tied"}),
     ],
 )
 def test_wrong_configurations_are_named(argument, options):

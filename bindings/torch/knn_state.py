@@ -24,6 +24,8 @@ class KNNState(State):
     ----------
     keys, values : tensors (rows, kv_heads, window, head_dim)
         The newest tokens, as memory would store them.
+    ahead : tensor (rows, kv_heads, 1 or 0, head_dim)
+        What the newest token projects, of which the key of the next is made; only kept where keys="before".
     token : int64 tensor (2,)
         Which state of the memory this is.
     ledger : Ledger
@@ -32,6 +34,7 @@ class KNNState(State):
 
     keys: torch.Tensor
     values: torch.Tensor
+    ahead: torch.Tensor
     token: torch.Tensor
     ledger: Ledger
 
