@@ -126,6 +126,9 @@ class MemorizingAttention(SegmentedAttention):
         self.capacity, self.k = checks.count("capacity", capacity), checks.count("k", k)
         self.combine, self.positions = checks.choice("combine", combine, COMBINE), positions
         checks.choice("positions", positions, POSITIONS)
+        if combine == "joint" and overlap and self.reach:
+            twice = "overlap=True: the cache is in memory too, and would count twice in one softmax"
+            raise ArgumentError("overlap", "False with combine='joint' and a window", twice, "Pass overlap=False.")
         if positions == "rope":
             even("head_dim", self.head_dim)
         self.nothing, self.index, self.dtype = checks.choice("nothing", nothing, NOTHING), index, dtype
@@ -148,37 +151,21 @@ class MemorizingAttention(SegmentedAttention):
         self.gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
         self.bias = nn.Embedding(32, self.heads) if positions == "t5" else None
         KNNMemory(1, self.kv_heads, self.head_dim, self.capacity, index=index, dtype=dtype)  # refuses what it cannot do
+        self.settings |= {"overlap": overlap, "capacity": self.capacity, "index": index, "dtype": dtype}
 
     def memory(self, rows: int) -> KNNState:
         """A fresh memory for `rows` documents."""
         rows = checks.count("rows", rows)
         knn = KNNMemory(rows, self.kv_heads, self.head_dim, self.capacity, index=self.index, dtype=self.dtype)
-        ledger = Ledger(knn, self.segment, self._late())
+        ledger = Ledger.of(knn, self.settings)
         like = self.query.weight
         empty = like.new_zeros((rows, *self._shapes()["keys"]))
         position = torch.zeros(rows, dtype=torch.int64, device=like.device)
         ahead = like.new_zeros((rows, *self._shapes()["ahead"]))
-        return KNNState(position, 0, False, empty, empty.clone(), ahead, ledger.token(), ledger)
+        return KNNState(position, 0, False, self.settings, empty, empty.clone(), ahead, ledger.token(), ledger)
 
     def _kind(self) -> type[State]:
         return KNNState
-
-    def _check(self, x: Any, memory: Any, start: Any, mask: Any) -> None:
-        super()._check(x, memory, start, mask)
-        if memory is None or torch.compiler.is_compiling():
-            return
-        own, its = self._late(), memory.ledger.lag
-        if own != its:
-            raise ArgumentError(
-                "memory",
-                f"one that takes segments {own} tokens late",
-                f"{its} tokens late",
-                "Pass the memory of a layer with the same overlap and window.",
-            )
-
-    def _late(self) -> int:
-        """Tokens after its end that a segment enters memory."""
-        return 0 if self.overlap else self.reach
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         window = (self.kv_heads, self.segment + self.reach, self.head_dim)
@@ -191,7 +178,6 @@ class MemorizingAttention(SegmentedAttention):
         queries, keys, values = (self._heads(project(x)) for project in (self.query, self.key, self.value))
         ahead = memory.ahead
         if self.keys == "before":
-            ahead = ahead if start is None else torch.where(start[:, None, None, None], 0, ahead)
             keys, ahead = delayed(ahead, keys, present)
         if self.normalize:
             queries, keys = unit(queries), unit(keys)
@@ -236,7 +222,8 @@ class MemorizingAttention(SegmentedAttention):
         tokens = numbers(memory.position, seen, n, present)
         allowed, bias = visible(tokens, n, self.segment, self.reach), None
         if self.positions == "rope":
-            queries, keys = rotate(queries, tokens[:, None, seen:]), rotate(keys, tokens[:, None])
+            near = tokens - (memory.position // self.segment * self.segment)[:, None]  # of however long a document
+            queries, keys = rotate(queries, near[:, None, seen:]), rotate(keys, near[:, None])
         elif self.positions == "t5":
             distances = tokens[:, seen:, None] - tokens[:, None, :]
             bias = self.bias(buckets(distances)).movedim(-1, 1)
@@ -264,5 +251,6 @@ def delayed(ahead: torch.Tensor, new: torch.Tensor, present: Any) -> tuple[torch
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(|x|² + 1e-6), the authors' normalisation, whose gradient is finite at 0."""
-    return vectors * torch.rsqrt(vectors.square().sum(dim=-1, keepdim=True) + 1e-6)
+    """x / sqrt(|x|² + 1e-6), the authors' normalisation, whose gradient is finite at 0; in at least float32."""
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # squares of float16 overflow from 256 on
+    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + 1e-6)).to(vectors.dtype)
