@@ -25,7 +25,7 @@ from .lock import ReadWriteLock, exclusive, shared
 from .rows import detached, listed, segment, taken
 from .signals import Signals
 from .state import counts, pack, rebuilt, required
-from .sticky import bins_drawn, generator, histogram_of, resumed
+from .sticky import attention_of, bins_drawn, generator, histogram_of, resumed
 from .timeline import KNOTS
 
 DTYPES = ("float32", "float64")
@@ -202,9 +202,10 @@ class ContinuousMemory(Foresight, Savable):
         x, present = segment(x, len(chosen), self.dim, mask, self.dtype)
         histogram = None
         if attention is not None:
-            edges = original.edges() if self.compat else np.arange(self.bins + 1) / self.bins
-            histogram = histogram_of(attention, len(chosen), edges, self.density, exact=self.compat is not None)
-            histogram = histogram if self.sticky else None
+            attention = attention_of(attention, len(chosen), self.density, self.bins if self.compat else None)
+            if self.sticky:
+                edges = original.edges() if self.compat else np.arange(self.bins + 1) / self.bins
+                histogram = histogram_of(attention, edges, self.density)
         if draws is not None:
             if not self.compat:
                 raise ArgumentError("draws", "None without compat", "an array", "Pass compat='infinite-former'.")

@@ -120,7 +120,7 @@ class Signals:
         """Coefficients (group, N, dim) after a write of x (group, n, dim) to B, and which positions of B were kept."""
         scheme, contraction = self.scheme, self.contraction_of(x.shape[1])
         if scheme.original and draws is None and histogram is not None:
-            draws = drawn_bins(histogram, scheme.samples, self.rng)
+            draws = drawn_bins(to_numpy(histogram), scheme.samples, self.rng)
         if draws is not None:
             counts = original.counts_of_draws(draws)
             made = updated_in_bins(scheme, B, x, contraction, original.left_edges(), counts)

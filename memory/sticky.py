@@ -16,33 +16,38 @@ from .rows import token_array
 from .state import UNALTERED
 
 
-def histogram_of(attention: Any, count: int, edges: np.ndarray, density: str, exact: bool) -> Any:
-    """Attention as float64 (count, D), from densities (mean, variance), (count, ..., q) each, or from a histogram.
+def attention_of(attention: Any, count: int, density: str, bins: int | None = None) -> Any:
+    """Attention checked: densities (mean, variance) as (count, Q) each, or a histogram (count, D) of float64.
 
-    A histogram may have any D, unless `exact` demands that of `edges`. What densities on a GPU add up to stays there,
-    unless it is `exact`.
+    A histogram may have any D, unless `bins` says which.
 
     Raises
     ------
     ArgumentError, ShapeError, DTypeError, FrameworkError, NonFiniteError
     """
     if isinstance(attention, tuple):
-        mass = _of_densities(attention, count, edges, density)
-        if not inspectable(mass) and not exact:
-            return cast(mass, namespace(mass).float64)
-        mass = to_numpy(mass).astype(np.float64)
-    else:
-        checks.floating_arrays(attention=attention)
-        checks.shape("attention", attention, count, "D", whole=True)
-        mass = to_numpy(attention).astype(np.float64)
-    if mass.shape[1] == 0 or not np.isfinite(mass).all() or (mass < 0).any():
+        return _densities(attention, count, density)
+    checks.floating_arrays(attention=attention)
+    checks.shape("attention", attention, count, "D", whole=True)
+    histogram = to_numpy(attention).astype(np.float64)
+    if histogram.shape[1] == 0 or not np.isfinite(histogram).all() or (histogram < 0).any():
         raise ArgumentError("attention", "finite mass of at least 0 in 1 bin or more", "other", "Pass a histogram.")
-    if exact and mass.shape[1] != edges.size - 1:
-        raise ShapeError("attention", f"({count}, {edges.size - 1})", str(mass.shape), "compat has a fixed D.")
-    return mass
+    if bins is not None and histogram.shape[1] != bins:
+        raise ShapeError("attention", f"({count}, {bins})", str(histogram.shape), "compat has a fixed D.")
+    return histogram
 
 
-def _of_densities(attention: tuple[Any, ...], count: int, edges: np.ndarray, density: str) -> Any:
+def histogram_of(attention: Any, edges: np.ndarray, density: str) -> Any:
+    """Mass by bin, (count, D) of float64, of what `attention_of` gave; on a GPU where its densities are there."""
+    if not isinstance(attention, tuple):
+        return attention
+    mean, variance = attention
+    mass = attention_mass(mean, variance, edges, density)
+    mass = to_numpy(mass) if inspectable(mass) else mass
+    return cast(mass, namespace(mass).float64)
+
+
+def _densities(attention: tuple[Any, ...], count: int, density: str) -> tuple[Any, Any]:
     if len(attention) != 2:
         raise ArgumentError("attention", "(mean, variance) or a histogram", f"{len(attention)} arrays", "Pass two.")
     mean, variance = checked_densities(*attention, density, mean=attention[0])
@@ -50,9 +55,8 @@ def _of_densities(attention: tuple[Any, ...], count: int, edges: np.ndarray, den
         came = f"{tuple(mean.shape)} and {tuple(variance.shape)}"
         raise ShapeError("attention", f"mean and variance ({count}, ..., q)", came, "Pass those of the last read.")
     xp = namespace(mean)
-    variance = xp.broadcast_to(variance, mean.shape)
     flat = (count, math.prod(mean.shape[1:]))
-    return attention_mass(xp.reshape(mean, flat), xp.reshape(variance, flat), edges, density)
+    return xp.reshape(mean, flat), xp.reshape(xp.broadcast_to(variance, mean.shape), flat)
 
 
 def drawn_bins(histogram: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
