@@ -24,6 +24,8 @@ def register() -> None:
         import threadpoolctl
     except ImportError:
         return
+    if not hasattr(threadpoolctl, "register"):  # before 3.2 it cannot be told
+        return
 
     class Threads(threadpoolctl.LibController):
         user_api = internal_api = "perdure"
@@ -40,7 +42,7 @@ def register() -> None:
         def get_version(self) -> None:
             return None
 
-    getattr(threadpoolctl, "register", lambda made: None)(Threads)  # older ones cannot be told
+    threadpoolctl.register(Threads)
 
 
 register()

@@ -95,7 +95,7 @@ class Audit:
             numbers = np.append(numbers, [math.nan, math.nan])
         if numbers.shape != (6,):
             raise ArgumentError("state", "the six numbers of an audit", repr(numbers), ALTERED)
-        fits = waiting.ndim == 3 and waiting.shape[::2] == (heads, dim) and waiting.dtype.kind == "f"
+        fits = waiting.ndim == 3 and waiting.shape[::2] == (heads, dim) and waiting.dtype in (np.float32, np.float64)
         if not fits or not np.isfinite(waiting).all():
             raise ArgumentError("state", f"queries of {heads} heads of {dim}", f"{waiting.shape}", ALTERED)
         self.recall, self.queries = float(numbers[0]), int(numbers[1])
