@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from decoders import (
     stored,
 )
 from perdure.bindings.transformers import detach
+from perdure.memory.indexes import auto, ivf
+from perdure.memory.indexes.costs import Costs
 
 import perdure
 
@@ -630,6 +633,25 @@ def test_as_many_memories_may_be_asked_for_as_all_stores_hold(ids):
     full = logits(model, ids)
     attach(model, k=70_000, capacity=70_000, distance=60)
     torch.testing.assert_close(in_windows(model, ids, WINDOW), full, **EXACT)
+
+
+def test_how_memories_are_found_is_chosen_by_their_number(ids, monkeypatch):
+    """By default few are searched exactly, and many in lists, which audits let find nearly all."""
+    monkeypatch.setattr(ivf, "FIRST", 256)
+    monkeypatch.setattr(auto, "LEAST", 256)
+    monkeypatch.setattr(auto, "EVERY", 1)
+    monkeypatch.setattr(auto, "machine_costs", lambda: Costs(lists=1e-6, trained=1e-6))
+    found, losses = {}, {}
+    long = ids.reshape(1, -1).repeat(1, 8)
+    for index in ("auto", "exact"):
+        memory = attach(llama(), k=40, window=40, distance=300, capacity=900, index=index)
+        losses[index] = memory.read_document(long, progress=False, score=True)
+        found[index] = {n: store.explain() for n, store in memory.layers[0].stores.items() if n in ("near", "far")}
+    assert memory.settings["index"] == "exact"
+    assert all("auto: " in told for told in found["auto"].values())
+    assert any("inverted lists" in told and "target 0.8" in told for told in found["auto"].values())
+    torch.testing.assert_close(losses["auto"], losses["exact"], rtol=0, atol=0.05, equal_nan=True)
+    assert inspect.signature(attach).parameters["index"].default == "auto"
 
 
 LATENT = {

@@ -70,6 +70,7 @@ def homes(memory):
 def test_memory_on_a_device_answers_and_is_saved_alike(ids, device_capacity, tmp_path):
     """PyTorch's CPU as the device: other stores, another search, the same numbers."""
     common = {"k": 5, "window": 8, "distance": 9, "recent": 4, "capacity": 20}
+    common |= {"index": "exact"} if device_capacity is None else {}  # "auto" also keeps what it chooses by
     there = {"device": "cpu", "device_capacity": device_capacity}
     ours, theirs = (attach(llama(), tokenizer=Letters(), **common, **more) for more in ({}, there))
     for memory, name in ((ours, "host"), (theirs, "there")):

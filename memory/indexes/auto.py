@@ -21,19 +21,21 @@ from .hnsw import PARTS
 from .protocol import Index, Ring
 
 MEMORY = 0.9  # weight of the past in what a step is taken to be
-EVERY = 32  # searches from one choice to the next
+EVERY, SOONER = 32, 8  # searches from one choice to the next, and how many times fewer where each has
+MANY = 256  # queries a head
 BETTER = 0.7  # another index must promise this share of the present one's cost: to change is to build anew
 LEAST = 4096  # keys below which exact search is the cheapest, whatever things cost
 
 
 class AutoIndex:
-    """Holds one of the others, and reconsiders after every EVERY searches."""
+    """Holds one of the others, and reconsiders after every EVERY searches, sooner where each asks much."""
 
     def __init__(self, make: dict[str, Callable[[], Index]], target: float, costs: Costs | None):
         self.make, self.target, self.costs, self.name = make, target, costs, "exact"
         self.index: Any = make["exact"]()
         self.queries = self.written = 0.0  # a step's, on average
         self.searches = self.seen = 0
+        self.probed = 0.0  # share of the lists that audits asked for when there last were lists; 0 is unknown
         self.estimates: dict[str, float] = {}
         self.lock = threading.Lock()
 
@@ -47,14 +49,16 @@ class AutoIndex:
     def state(self) -> dict[str, np.ndarray]:
         """What is chosen, on what grounds, and the chosen index's own state."""
         which = list(self.make).index(self.name)
-        numbers = np.array([which, self.queries, self.written, self.searches, self.seen], np.float64)
+        numbers = np.array([which, self.queries, self.written, self.searches, self.seen, self.probed], np.float64)
         return {"auto": numbers, **self.index.state()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
+        if not state:  # of a memory on a device, which has no index
+            return
         numbers = state.get("auto", np.empty(0))
-        if numbers.shape != (5,) or not 0 <= numbers[0] < len(self.make):
+        if numbers.shape != (6,) or not 0 <= numbers[0] < len(self.make):
             raise ArgumentError("state", "the state of an automatic index", f"auto = {numbers}", ALTERED)
-        which, self.queries, self.written, searches, seen = (float(number) for number in numbers)
+        which, self.queries, self.written, searches, seen, self.probed = (float(number) for number in numbers)
         self.searches, self.seen = int(searches), int(seen)
         self.name = list(self.make)[int(which)]
         self.index = self.make[self.name]()
@@ -67,7 +71,7 @@ class AutoIndex:
             self.queries = weight * self.queries + (1 - weight) * queries.shape[1]
             self.written = weight * self.written + (1 - weight) * (0 if first else row.written - self.seen)
             self.searches, self.seen = self.searches + 1, row.written
-            if self.searches % EVERY == 0:
+            if self.searches % (EVERY if self.queries < MANY else max(EVERY // SOONER, 1)) == 0:
                 self.choose(row.stored, queries.shape[2])
             index = self.index
         return index.search(row, queries, k)
@@ -80,8 +84,9 @@ class AutoIndex:
             return
         if self.name == "hnsw" and self.index.audit.warned:
             self.make = {name: maker for name, maker in self.make.items() if name != "hnsw"}
-        probed = self.index.probed if self.name == "ivf" else None
-        every = estimate(n, d, self.queries, self.written, self.target, self.costs, probed)
+        if self.name == "ivf":
+            self.probed = self.index.probed or self.probed
+        every = estimate(n, d, self.queries, self.written, self.target, self.costs, self.probed or None)
         self.estimates = {name: cost for name, cost in every.items() if name in self.make}
         cheapest = min(self.estimates, key=self.estimates.__getitem__)
         if self.name not in self.estimates or self.estimates[cheapest] < BETTER * self.estimates[self.name]:
