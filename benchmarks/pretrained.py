@@ -394,7 +394,7 @@ def main() -> None:
     text = options.document.read_text(encoding="utf-8", errors="replace")
     ids = token_ids(text[: 8 * setting["tokens"]], pretrained.tokenizer)[:, : setting["tokens"]]
     kept: dict[str, Any] = {
-        "command": shlex.join(["benchmarks/pretrained.py", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
         "model": pretrained.name,
         "context": context,
         "document": options.document.name,
@@ -426,6 +426,13 @@ def main() -> None:
     if "perplexity" in chosen:
         read_every_way(pretrained.model, ids, setting, keep)
         plot(kept, losses, options.output.with_suffix(".png"))
+
+
+def command(given: list[str]) -> str:
+    """What was called, but for where its files are."""
+    if "--output" in given:
+        given = given[: given.index("--output")] + given[given.index("--output") + 2 :]
+    return shlex.join(["benchmarks/pretrained.py", *(Path(part).name if "/" in part else part for part in given)])
 
 
 def _processor() -> str:
