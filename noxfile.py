@@ -3,6 +3,7 @@
     nox                               lint, types and tests, as continuous integration does
     nox -s demo                       a real model reads a real document, without and with memory
     nox -s tests -- -k retrieval -x   what follows `--` goes to pytest
+    nox -s oldest                     what needs transformers, on the oldest that is supported
     nox -s reliability                kills, faults and damaged files by the hundred thousand, for hours
     nox -s bench -- NAME              one benchmark; without a name, all of them
     nox -s gpu                        the CUDA kernels, on a machine with a GPU; `-- cuda12` where its driver is old
@@ -73,6 +74,15 @@ def tests(session: nox.Session) -> None:
         few = ("tests/test_conformance.py", "-k", "numba", "--hypothesis-profile=brief")
         session.run("pytest", *few, env={"NUMBA_DISABLE_JIT": "1"})
     session.run("pytest", *(session.posargs or ("-n", "auto", "--dist", "worksteal")))  # on all cores
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Models with memory on the oldest transformers that is supported; constraints.txt names the newest."""
+    install_wheel(session, "transformers")
+    install_group(session, "test")
+    session.install("transformers==5.0.0")
+    session.run("pytest", "tests/test_transformers.py", "tests/test_transformers_saving.py", *session.posargs)
 
 
 @nox.session

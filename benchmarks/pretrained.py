@@ -18,6 +18,8 @@ The document is a file of Python's standard library unless --document names one.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -25,6 +27,8 @@ import math
 import platform
 import random
 import re
+import shlex
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -82,7 +86,7 @@ def read_every_way(model: Any, ids: torch.Tensor, setting: dict[str, Any], keep:
                 name = f"perdure k={k}, memory {size}, {positions}" + "".join(
                     f", {option} {value}" for option, value in setting["further"].items()
                 )
-                keep(Result(name, read.losses, read.seconds, read.nbytes, read.trace))
+                keep(dataclasses.replace(read, name=name))
 
 
 def _silent(tokens: int) -> None:
@@ -90,7 +94,8 @@ def _silent(tokens: int) -> None:
 
 
 def scores(result: Result, context: int) -> dict[str, Any]:
-    """Perplexity after the first window: within the model's context, beyond it, and in the last quarter."""
+    """Perplexity after the first window: within the model's context, from there to its double, beyond it, and in the
+    last quarter; and what it took."""
 
     def perplexity(start: int, end: int) -> float | None:
         part = result.losses[start:end].double()
@@ -101,9 +106,11 @@ def scores(result: Result, context: int) -> dict[str, Any]:
         "way": result.name,
         "tokens": n,
         "within": perplexity(WINDOW, context),
+        "to twice": perplexity(context, 2 * context) if n >= 2 * context else None,
         "beyond": perplexity(context, n),
         "last quarter": perplexity(3 * n // 4, n),
         "ms a token": round(1000 * result.seconds / n, 2),
+        "of processor": round(1000 * result.processor / n, 2),
         "MiB": round(result.nbytes / 2**20, 1),
     }
 
@@ -180,25 +187,50 @@ def knows(tokenizer: Any, question: str, answer: str, forward: Callable[[torch.T
 
 @torch.inference_mode()
 def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
-    """One reading for every length, depth and seed, by perdure, by the previous window, and by full attention."""
+    """Every length, depth and seed, by perdure, by the previous window, and by full attention.
+
+    Texts of one length begin alike, with filler up to their keys: that is read once, and copied for each of them, which
+    gives what reading each text alone gives, bit for bit, as copies are made between windows. "perdure seconds" are
+    those of a text's filler and of what is its own.
+    """
     model, tokenizer = pretrained.model, pretrained.tokenizer
     for length in setting["lengths"]:
-        for depth in setting["depths"]:
-            ids, key = hidden(tokenizer, length, depth, setting["seed"])
-            row: dict[str, Any] = {"length": ids.shape[1], "depth": depth}
-            start = time.perf_counter()
-            memory = attach(model, capacity=length, index=setting["index"], **setting["further"])
-            try:
-                memory.read_document(ids, progress=False, retrieve=setting["retrieve"])
+        texts = {depth: hidden(tokenizer, length, depth, setting["seed"]) for depth in sorted(setting["depths"])}
+        filler, _ = hidden(tokenizer, length, 1.0, setting["seed"])
+        memory, done, filling = attach(model, capacity=length, index=setting["index"], **setting["further"]), 0, 0.0
+        try:
+            for depth, (ids, key) in texts.items():
+                row: dict[str, Any] = {"length": ids.shape[1], "depth": depth}
+                alike = int((ids != filler)[0].int().argmax()) if depth < 1 else 0
+                branch, start = alike // WINDOW * WINDOW, time.perf_counter()
+                memory.read_document(ids[:, done:branch], progress=False, retrieve=setting["retrieve"])
+                filling, done, last = filling + time.perf_counter() - start, branch, depth == max(texts)
+                kept, start = None if last else copied(memory), time.perf_counter()
+                memory.read_document(ids[:, branch:], progress=False, retrieve=setting["retrieve"])
                 with memory.frozen():
                     row["perdure"] = knows(tokenizer, QUESTION, f" {key}", lambda q: model(q, use_cache=False).logits)
-            finally:
-                detach(model)
-            row["perdure seconds"] = round(time.perf_counter() - start, 1)
+                row["perdure seconds"] = round(filling + time.perf_counter() - start, 1)
+                row["GiB"] = round(memory.nbytes / 2**30, 2)
+                if kept:
+                    memory.replace(*kept)
+                keep(row)
+        finally:
+            detach(model)
+        for depth, (ids, key) in texts.items():
+            row = {"length": ids.shape[1], "depth": depth}
             for name, part in (("previous window", ids[:, -WINDOW:]), ("full attention", ids)):
                 if part.shape[1] + 2 * len(QUESTION) <= setting["full to"]:
                     row[name] = knows(tokenizer, QUESTION, f" {key}", functools.partial(_after, model, part))
-            keep(row)
+            if len(row) > 2:
+                keep(row)
+
+
+def copied(memory: Any) -> tuple[Any, ...]:
+    """What `memory` remembers now, as its `replace` takes it."""
+    layers = {i: copy.copy(layer) for i, layer in memory.layers.items()}
+    for layer in layers.values():
+        layer.select(range(len(memory.tokens)))
+    return layers, [list(history) for history in memory.history], memory.following
 
 
 @torch.inference_mode()
@@ -362,6 +394,7 @@ def main() -> None:
     text = options.document.read_text(encoding="utf-8", errors="replace")
     ids = token_ids(text[: 8 * setting["tokens"]], pretrained.tokenizer)[:, : setting["tokens"]]
     kept: dict[str, Any] = {
+        "command": command(sys.argv[1:]),
         "model": pretrained.name,
         "context": context,
         "document": options.document.name,
@@ -393,6 +426,13 @@ def main() -> None:
     if "perplexity" in chosen:
         read_every_way(pretrained.model, ids, setting, keep)
         plot(kept, losses, options.output.with_suffix(".png"))
+
+
+def command(given: list[str]) -> str:
+    """What was called, but for where its files are."""
+    if "--output" in given:
+        given = given[: given.index("--output")] + given[given.index("--output") + 2 :]
+    return shlex.join(["benchmarks/pretrained.py", *(Path(part).name if "/" in part else part for part in given)])
 
 
 def _processor() -> str:

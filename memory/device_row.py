@@ -37,7 +37,7 @@ def check(place: Place, index: str, dtype: str) -> None:
     ------
     ArgumentError
     """
-    if index != "exact":
+    if index not in ("exact", "auto"):  # the one there is, which "auto" then takes
         raise ArgumentError("index", '"exact" on a device', repr(index), 'Pass index="exact", or device="cpu".')
     bits = dtype != "bfloat16" or hasattr(place.empty((0,), place.xp.float32), "view")
     if not bits or not hasattr(place.xp, STORED_AS[dtype]):

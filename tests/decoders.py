@@ -66,11 +66,13 @@ def generated(model, ids, **settings):
 
 
 def stored(memory):
+    """All that is remembered; not what an index has learned of those who asked."""
     return {
         f"{i}.{name}.{n}": a
         for i, layer in memory.layers.items()
         for name, s in layer.stores.items()
         for n, a in s.state_dict().items()
+        if ".index." not in n
     }
 
 
@@ -88,8 +90,8 @@ def hostile_explanation():
     """An explanation of texts that try to end the page they are shown in."""
     document, answer = "</pre><script>alert(1)</script>&amp;DOCUMENT DATA\n" * 2, 'ANSWER"><b>DOCUMENT'
     draws = {
-        1: [Draw(40, 0.75, 3, 2), Draw(3, 0.25, 0, 1)],
+        1: [Draw(40, 0.75, 3, 2, 5.5), Draw(3, 0.25, 0, 1, 4.5)],
         2: [],
-        8: [Draw(len(document) - 2, 0.5, 1, 0)],
+        8: [Draw(len(document) - 2, 0.5, 1, 0, 5.0)],
     }
     return Explanation([ord(c) - 40 for c in document], [ord(c) - 40 for c in answer], draws, Letters())

@@ -435,3 +435,14 @@ def test_what_is_no_device_is_refused(device):
 def test_what_a_device_does_not_offer_is_refused(setting, value):
     with pytest.raises(perdure.ArgumentError, match=setting):
         perdure.KNNMemory(**SIZES, device=DEVICES["strict"], **{setting: value})
+
+
+def test_auto_is_exact_on_a_device_and_chooses_in_main_memory(rng):
+    there = perdure.KNNMemory(**SIZES, device=DEVICES["strict"], index="auto")
+    there.write(*tokens(rng, 5))
+    here = there.to("cpu")
+    assert "auto: exact" in here.explain()
+    queries = tokens(rng, 3)[0]
+    for memory in (here, here.to(DEVICES["strict"])):
+        near, expected = memory.search(queries, 4), there.search(queries, 4)
+        np.testing.assert_array_equal(np.asarray(near.positions), np.asarray(expected.positions))

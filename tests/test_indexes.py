@@ -218,6 +218,33 @@ def test_auto_changes_its_mind_and_says_so(small, rng, monkeypatch):
     assert audit.overlap(after.positions, before.positions) >= 0.8
 
 
+def test_auto_leaves_lists_that_are_searched_whole_and_does_not_come_back(small, rng, monkeypatch):
+    """Keys without any order: what audits then ask for is remembered, in copies too."""
+    monkeypatch.setattr(auto, "LEAST", 100)
+    memory = perdure.KNNMemory(1, 1, 32, 1000, index="auto", costs={"trained": 1e-6})
+    keys, queries = (rng.standard_normal((1, 1, n, 32)).astype(np.float32) for n in (900, 60))
+    memory.write(keys, keys)
+    names = []
+    for i in range(12):
+        memory.search(queries, 5)
+        names.append(memory._rows[0].index.name)
+        memory = copy.deepcopy(memory) if i == 8 else memory
+    assert names == ["exact", "ivf", "ivf", *["exact"] * 9]
+
+
+def test_auto_chooses_sooner_where_searches_are_large(small, rng, monkeypatch):
+    """A model that reads a document asks for hundreds of queries at once, and rarely."""
+    monkeypatch.setattr(auto, "EVERY", 16)
+    for q, searches in ((auto.MANY, 2), (auto.MANY - 1, 16)):
+        memory, _ = filled("auto", rng, costs={"lists": 1e-6, "trained": 1e-6})
+        queries = clustered(rng, q)[None, None]
+        for _ in range(searches - 1):
+            memory.search(queries, 5)
+        assert "auto: exact" in memory.explain()
+        memory.search(queries, 5)
+        assert "auto: ivf" in memory.explain()
+
+
 @pytest.mark.parametrize("index", ["exact", *APPROXIMATE])
 def test_many_threads_may_read_at_once(small, rng, index):
     memory, keys = filled(index, rng)

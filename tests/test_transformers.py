@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from decoders import (
     stored,
 )
 from perdure.bindings.transformers import detach
+from perdure.memory.indexes import auto, ivf
+from perdure.memory.indexes.costs import Costs
 
 import perdure
 
@@ -416,17 +419,22 @@ def test_gradients_through_memory_are_those_of_full_attention_on_a_fixed_past(id
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_checkpointing_changes_nothing(ids):
-    model = llama()
-    attach(model, k=6)
-    expected = trained(model.train(), ids, steps=3)
-    model.perdure_memory.clear()
+def checkpoint(model):
+    """Let the model compute its activations again in the backward pass."""
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):  # what the method to enable it sets, under names that change
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = functools.partial(
                 torch.utils.checkpoint.checkpoint, use_reentrant=False
             )
+
+
+def test_gradient_checkpointing_changes_nothing(ids):
+    model = llama()
+    attach(model, k=6)
+    expected = trained(model.train(), ids, steps=3)
+    model.perdure_memory.clear()
+    checkpoint(model)
     gradients = trained(model, ids, steps=3)
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name])
@@ -632,6 +640,26 @@ def test_as_many_memories_may_be_asked_for_as_all_stores_hold(ids):
     torch.testing.assert_close(in_windows(model, ids, WINDOW), full, **EXACT)
 
 
+def test_how_memories_are_found_is_chosen_by_their_number(ids, monkeypatch):
+    """By default few are searched exactly, and many in lists, which audits let find nearly all."""
+    monkeypatch.setattr(ivf, "FIRST", 256)
+    monkeypatch.setattr(auto, "LEAST", 256)
+    monkeypatch.setattr(auto, "EVERY", 1)
+    monkeypatch.setattr(auto, "machine_costs", lambda: Costs(lists=1e-6, trained=1e-6))
+    found, losses = {}, {}
+    long = ids.reshape(1, -1).repeat(1, 8)
+    for index in ("auto", "exact"):
+        memory = attach(llama(), k=40, window=40, distance=300, capacity=900, index=index)
+        losses[index] = memory.read_document(long, progress=False, score=True)
+        found[index] = {n: store.explain() for n, store in memory.layers[0].stores.items() if n in ("near", "far")}
+    assert memory.settings["index"] == "exact"
+    assert all("auto: " in told for told in found["auto"].values())
+    assert any("inverted lists" in told and "target 0.8" in told for told in found["auto"].values())
+    assert torch.equal(losses["auto"][:, 1:280], losses["exact"][:, 1:280])
+    assert not torch.equal(losses["auto"][:, 280:], losses["exact"][:, 280:])
+    assert inspect.signature(attach).parameters["index"].default == "auto"
+
+
 LATENT = {
     **{"intermediate_size": 16, "moe_intermediate_size": 8, "n_routed_experts": 2, "num_experts_per_tok": 1},
     **{"n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8},
@@ -830,3 +858,225 @@ def test_questions_share_a_document_and_leave_it_as_it_was(model, ids, way):
     assert memory.nbytes == nbytes
     shared = {n: a for layer in memory.layers.values() for n, a in layer.stores["near"]._rows[0].arrays.items()}
     assert all(shared[name] is arrays[name] for name in arrays)  # no copy was made for any row or beam
+
+
+# ---- caches, copies and passes that memory cannot follow ------------------------------------------------------------
+
+
+def test_a_copied_cache_goes_on_where_it_was(ids):
+    """Prefilled once, and copied for each question."""
+    model = llama()
+    full = logits(model, ids)
+    memory = attach(model, k=64, positions="true", sinks=0)
+    memory.read_document(ids[:, :20], progress=False)
+    with torch.no_grad():
+        cache = model(ids[:, 20:30], use_cache=True).past_key_values
+    for copied in (copy.deepcopy(cache), copy.deepcopy(cache), cache):
+        torch.testing.assert_close(
+            logits(model, ids[:, 30:], past_key_values=copied, use_cache=True), full[:, 30:], **EXACT
+        )
+
+
+@pytest.mark.parametrize("meanwhile", ["clear", "read_document", "begun before"])
+def test_a_cache_of_other_memories_is_refused(meanwhile, ids):
+    model = llama()
+    with torch.no_grad():
+        before = model(ids[:, :10], use_cache=True).past_key_values
+        memory = attach(model)
+        memory.read_document(ids[:, :20], progress=False)
+        cache = before if meanwhile == "begun before" else model(ids[:, 20:30], use_cache=True).past_key_values
+    if meanwhile != "begun before":
+        getattr(memory, meanwhile)(*([ids[:, :5]] if meanwhile == "read_document" else []))
+    with pytest.raises(perdure.ArgumentError, match="past_key_values: expected a cache that began with what is rem"):
+        logits(model, ids[:, 30:], past_key_values=cache, use_cache=True)
+
+
+def test_what_has_left_a_cache_cannot_be_taken_back(ids):
+    model = llama()
+    attach(model, window=8)
+    with torch.no_grad():
+        cache = model(ids[:, :30], use_cache=True).past_key_values
+    with pytest.raises(perdure.ArgumentError, match="tokens_to_remove: expected at most the 8 tokens"):
+        cache.crop(10)
+    assert cache.get_seq_length() == 30
+
+
+def test_clamped_distances_stop_growing_while_a_cache_grows(ids):
+    """Far beyond a document, a query sees it as from one window beyond its end: at no greater distance."""
+    document, written = ids[:, :20], ids[:, :4].repeat(1, 12)
+    model = llama()
+    memory = attach(model, k=64, recent=3, sinks=2, distance=6, window=5)
+    memory.read_document(document, progress=False)
+    with torch.no_grad():
+        cache = model(written[:, :7], use_cache=True).past_key_values
+        seen = []
+        turn = type(memory.layers[0].rotary).turn
+
+        def noted(rotary, vectors, old, new):
+            seen.append(new)
+            return turn(rotary, vectors, old, new)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(memory.layers[0].rotary), "turn", noted)
+            logits(model, written[:, 7:8], past_key_values=cache, use_cache=True)
+        assert memory.nearest.tolist() == [[25], [25]]
+        near = memory.layers[0].rotary.angles(memory.nearest, torch.zeros(1))[0]
+        assert any(cos.shape == near.shape and torch.allclose(cos, near) for cos, _ in seen)
+        far = logits(model, written[:, 8:], past_key_values=cache, use_cache=True)
+    assert far.isfinite().all()
+
+
+def test_left_padding_does_not_move_the_first_tokens(ids):
+    """They are seen from `distance`, wherever padding made them stand."""
+    pads, document, question = 7, ids[1:, :13], ids[1:, 20:]
+    padded = torch.cat([torch.zeros(1, pads, dtype=torch.int64), document], dim=1)
+    answers = []
+    for read in (padded, document):
+        model = llama()
+        attach(model, k=64, recent=3, sinks=2, distance=9)
+        logits(model, read, attention_mask=(torch.arange(read.shape[1]) >= read.shape[1] - 13)[None].long())
+        answers.append(logits(model, question))
+    torch.testing.assert_close(*answers, **EXACT)
+
+
+def test_a_copy_of_an_attached_model_is_refused():
+    """Its hooks would still feed the memory of the original."""
+    model = llama()
+    attach(model)
+    with pytest.raises(perdure.ArgumentError, match="Call detach"):
+        copy.deepcopy(model)
+    detach(model)
+    copy.deepcopy(model)
+
+
+def test_segments_longer_than_a_table_of_positions_are_refused():
+    model = gpt2()
+    memory = attach(model)
+    with pytest.raises(perdure.ArgumentError, match="input_ids: expected at most 96 tokens"):
+        memory.read_document(torch.zeros(1, 97, dtype=torch.int64), progress=False)
+    assert not memory.tokens.sum()
+
+
+def test_a_question_may_be_asked_by_several_rows_at_once(ids):
+    """A plain call of more rows than are remembered, each of which continues one of them."""
+    model = llama()
+    memory = attach(model)
+    memory.read_document(ids[:, :20], progress=False)
+    with memory.frozen():
+        every = logits(model, ids[:, 30:].repeat_interleave(2, 0))
+        one = logits(model, ids[:, 30:])
+    torch.testing.assert_close(every, one.repeat_interleave(2, 0), **EXACT)
+
+
+def test_a_model_without_a_head_reads_and_cannot_score(ids):
+    model = llama().model
+    memory = attach(model)
+    assert memory.read_document(ids, progress=False) == 40
+    with pytest.raises(perdure.ArgumentError, match="score: expected a model that predicts tokens"):
+        memory.read_document(ids, progress=False, score=True)
+    assert memory.tokens.tolist() == [40, 40]
+
+
+def test_weights_of_gated_memories_are_shares_of_the_whole_head(ids):
+    model = llama()
+    memory = attach(model, mixing="gate")
+    memory.read_document(ids[:, :30], progress=False)
+    drawn = []
+    for bias in (0.0, -30.0):
+        for layer in model.model.layers:
+            torch.nn.init.constant_(layer.self_attn.perdure_gate, bias)
+        with memory.frozen(), memory.tracing() as trace:
+            logits(model, ids[:, 30:])
+        drawn.append(max(draw.weight for draw in trace.draws(9)))
+    assert 0 < drawn[0] <= 0.5
+    assert 0 <= drawn[1] < 1e-12
+
+
+def test_explanations_keep_the_text_of_their_trace(ids):
+    """What was cleared since, or padding beside it, does not change whose text is told."""
+    model = llama()
+    memory = attach(model, tokenizer=Letters(), window=6, sinks=0)
+    memory.read_document(ids[:1, :12], progress=False)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids[:1, 12:20]], dim=1)
+    with memory.tracing():
+        generated(model, padded, attention_mask=(torch.arange(13) >= 5)[None].long())
+    told = memory.explain()
+    assert told.document[:20] == ids[0, :20].tolist()
+    assert all(draw.position < len(told.document) for draws in told.draws.values() for draw in draws)
+    after = memory.last_trace.tokens
+    assert "what comes next drew on" in str(memory.explain(after))
+    scores = [draw.score for draw in memory.last_trace.draws(after - 1)]
+    assert len(set(scores)) > 1
+    memory.clear()
+    memory.read_document(ids[1:, :30], progress=False)
+    assert memory.explain().document == told.document
+    with pytest.raises(perdure.ArgumentError, match="row: expected a number below 1"):
+        memory.explain(row=5)
+
+
+def unlike(name):
+    common = {**LLAMA, "pad_token_id": 0}
+    if name == "two calls a layer":
+        return transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**common))
+    if name == "a state beside attention":
+        kinds = ["conv", "full_attention", "conv"]
+        return transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**common, layer_types=kinds))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, is_causal=False))
+
+
+@pytest.mark.parametrize("name", ["two calls a layer", "a state beside attention", "attention both ways"])
+def test_models_that_would_be_remembered_wrongly_are_refused(name):
+    model = unlike(name)
+    with pytest.raises(perdure.ArgumentError, match=r"^model: expected "):
+        attach(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_layer_that_is_left_out_cannot_remember(ids):
+    model = llama()
+    memory = attach(model)
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(perdure.ArgumentError, match=r"model: expected a forward pass through every layer.*\[0, 2\]"):
+        logits(model, ids)
+    assert not memory.tokens.sum()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("device", "nope"), ("layers", None), ("layers", True), ("layers", 1e9)]
+)
+def test_wrong_kinds_of_arguments_are_named(argument, value):
+    with pytest.raises(perdure.ArgumentError, match=f"^{argument}: expected "):
+        attach(llama(), **{argument: value})
+
+
+def test_numbers_of_numpy_are_numbers(ids, tmp_path):
+    memory = attach(llama(), capacity=np.int64(100), window=np.int32(10))
+    memory.read_document(ids, progress=False)
+    memory.save(tmp_path / "memory")
+
+
+# ---- gradient checkpointing -----------------------------------------------------------------------------------------
+
+
+def checkpointed():
+    model = llama().train()
+    checkpoint(model)
+    return model
+
+
+def test_rows_that_stay_remember_a_last_segment_whose_backward_pass_is_over(ids):
+    model = checkpointed()
+    memory = attach(model)
+    for start in range(0, 40, 10):
+        part = ids[:, start : start + 10]
+        model(part, labels=part).loss.backward()
+    memory.clear(rows=[0])
+    assert memory.tokens.tolist() == [0, 40]
+
+
+def test_backward_passes_of_earlier_segments_are_refused(ids):
+    model = checkpointed()
+    attach(model)
+    losses = [model(part, labels=part).loss for part in ids.split(20, dim=1)]
+    with pytest.raises(perdure.ArgumentError, match="backward: expected that of the newest forward pass"):
+        sum(losses).backward()

@@ -70,6 +70,7 @@ def homes(memory):
 def test_memory_on_a_device_answers_and_is_saved_alike(ids, device_capacity, tmp_path):
     """PyTorch's CPU as the device: other stores, another search, the same numbers."""
     common = {"k": 5, "window": 8, "distance": 9, "recent": 4, "capacity": 20}
+    common |= {"index": "exact"} if device_capacity is None else {}  # "auto" also keeps what it chooses by
     there = {"device": "cpu", "device_capacity": device_capacity}
     ours, theirs = (attach(llama(), tokenizer=Letters(), **common, **more) for more in ({}, there))
     for memory, name in ((ours, "host"), (theirs, "there")):
@@ -132,7 +133,15 @@ def test_a_memory_is_loaded_only_where_it_means_something(ids, tmp_path):
     strange = llama()
     with torch.no_grad():
         strange.model.layers[2].self_attn.v_proj.weight.mul_(1.5)
-    refused(attached(strange), file, perdure.ArgumentError, "^model: expected the model that .* another layer 2")
+    refused(attached(strange), file, perdure.ArgumentError, "^model: expected the model that .* other weights")
+    drawn_anew = llama()
+    with torch.no_grad():
+        drawn_anew.model.layers[0].mlp.up_proj.weight.normal_()
+    refused(attached(drawn_anew), file, perdure.ArgumentError, "^model: expected the model that .* other weights")
+    turned = {"rope_theta": 1e6, "rope_type": "default"}, {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}
+    for rope in turned:
+        other = llama(rope_parameters=rope)
+        refused(attached(other), file, perdure.ArgumentError, "^model: expected the model that .* turns keys otherwise")
     refused(attached(llama(head_dim=16)), file, perdure.ArgumentError, "^model: expected the model")
     attached(llama().to(torch.bfloat16)).load(file)  # the same weights, in half precision
     for name, value in {"capacity": 9, "sinks": 2, "layers": [1], "positions": "true", "index": "ivf"}.items():
@@ -322,8 +331,12 @@ def test_a_compiled_model_computes_the_same(mixing, ids):
 def test_older_transformers_are_refused_with_what_to_install():
     bindings._check_version(transformers.__version__)
     bindings._check_version("5.0.0")
-    with pytest.raises(perdure.BackendError, match=r"transformers: expected version 5\.0 or newer, got 4\.57\.6.*pip"):
+    with pytest.raises(
+        perdure.BackendError, match=r"transformers: expected version 5\.0 or newer, below 6\.0, got 4\.57\.6.*pip"
+    ):
         bindings._check_version("4.57.6")
+    with pytest.raises(perdure.BackendError, match=r"newer, below 6\.0, got 6\.0\.0"):
+        bindings._check_version("6.0.0")
 
 
 def test_settings_of_the_decoder_are_what_they_seem():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Result:
     nbytes : int
         What the method kept of the past at its end.
     trace : Trace or None
+    processor : float
+        Seconds of processor time, of all threads together.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Result:
     seconds: float
     nbytes: int
     trace: Trace | None = None
+    processor: float = 0.0
 
     def perplexity(self, start: int) -> float:
         """exp of the mean loss of the tokens from `start` on."""
@@ -108,10 +111,11 @@ def with_memory(
             read = _timed(name, lambda: (memory.read_document(ids, advance, score=True), memory.nbytes))
     finally:
         detach(model)
-    return Result(read.name, read.losses, read.seconds, read.nbytes, record if trace else None)
+    return replace(read, trace=record) if trace else read
 
 
 def _timed(name: str, read: Callable[[], tuple[torch.Tensor, int]]) -> Result:
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     losses, nbytes = read()
-    return Result(name, losses[0], time.perf_counter() - start, nbytes)
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    return Result(name, losses[0], seconds, nbytes, processor=used)

@@ -12,7 +12,7 @@ Needs `pip install "perdure[transformers]"`.
 from ...backends.arrays import optional_import
 from ...backends.errors import BackendError
 
-OLDEST = (5, 0)  # of transformers: the first with both attention interfaces in the form used here
+OLDEST, BELOW = (5, 0), (6, 0)  # of transformers: from the first with both attention interfaces in the form used here
 
 for _package in ("torch", "transformers"):
     optional_import(_package, extra="transformers")
@@ -20,9 +20,10 @@ for _package in ("torch", "transformers"):
 
 def _check_version(found: str) -> None:
     """The installed version of transformers is one that memory can be attached to."""
-    if tuple(map(int, found.split(".")[:2])) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise BackendError("transformers", f"version {oldest} or newer", found, "Run: pip install 'transformers>=5.0'")
+    if not OLDEST <= tuple(map(int, found.split(".")[:2])) < BELOW:
+        oldest, below = (".".join(map(str, version)) for version in (OLDEST, BELOW))
+        remedy = "Run: pip install 'transformers>=5.0,<6'"
+        raise BackendError("transformers", f"version {oldest} or newer, below {below}", found, remedy)
 
 
 _check_version(optional_import("transformers", extra="transformers").__version__)

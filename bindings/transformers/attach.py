@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .seam import BASES, GATE, SCALE, hook, implementation
 
 ATTACHED = "perdure_memory"  # the attribute of an attached model that holds its memory
 SINKS = 4
+BOTH_WAYS = (("is_causal", False), ("use_bidirectional_attention", True))  # what configurations say of it
+OTHERS = re.compile("Mamba|SSM|Recurrent|LinearAttention|Lightning|DeltaNet|ShortConv|Rwkv|RetNet")  # carry a state
 MIXINGS, POSITIONS = ("joint", "gate"), ("true", "clamped", "constant")
 
 
@@ -37,8 +40,8 @@ def attach(
     window: int = 512,
     recent: int | None = None,
     sinks: int = SINKS,
-    index: str = "exact",
-    target_recall: float = 0.95,
+    index: str = "auto",
+    target_recall: float = 0.8,
     device: Any = None,
     device_capacity: int | None = None,
 ) -> ModelMemory:
@@ -75,10 +78,12 @@ def attach(
     sinks : int
         How many of a document's first tokens are kept for good, beside `capacity`, and read by every query. Models park
         the attention they have no use for on them, and read badly once they are gone (Xiao et al., arXiv 2309.17453).
-    index : {"exact", "ivf", "hnsw", "auto"}
-        How memories are found; see `KNNMemory`.
+    index : {"auto", "exact", "ivf", "hnsw"}
+        How memories are found; see `KNNMemory`. "auto" searches a layer's few thousand memories exactly, and more of
+        them as costs least on this machine: what is read may then differ a little from machine to machine.
     target_recall : float
-        Share of the true neighbours that approximate indexes are to find.
+        Share of the true neighbours that approximate indexes are to find. What they miss has not been worth its time:
+        with 0.8 documents read no worse than with all of them.
     device : str or torch.device, optional
         Where memories are held and searched, exactly: main memory by default, whatever the model's device. What is
         saved from one device loads on every other.
@@ -112,18 +117,21 @@ def attach(
         raise ArgumentError("model", f"attention implementation {' or '.join(BASES)}", repr(base), remedy)
     attentions = find_attentions(model)
     chosen = choose(layers, sorted(attentions))
-    checks.count("capacity", capacity)
+    capacity = checks.count("capacity", capacity)
     checks.choice("index", index, INDEXES)
     if checks.positive("target_recall", target_recall) > 1:
         raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
     checks.neighbours(k, capacity)
-    checks.count("window", window)
+    window = checks.count("window", window)
     recent = window if recent is None else checks.count("recent", recent, least=0)
-    checks.count("sinks", sinks, least=0)
+    sinks = checks.count("sinks", sinks, least=0)
     checks.choice("mixing", mixing, MIXINGS)
     checks.choice("positions", positions, POSITIONS)
     if device is not None:
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ArgumentError("device", "a device of PyTorch", repr(device), "Pass device='cuda'.") from error
         place = place_of(device)
         if isinstance(place, Place):
             check(place, index, "float32")
@@ -133,7 +141,7 @@ def attach(
     context = config.max_position_embeddings
     if distance is None:
         distance = max(context // 2, 1) if positions == "clamped" else window
-    checks.count("distance", distance)
+    distance = checks.count("distance", distance)
     beside = sorted(attentions) if recent else chosen
     body = find_body(model, attentions)
     model.set_attn_implementation(implementation(base))
@@ -147,6 +155,7 @@ def attach(
         raise
     learned = not any(rotaries.values())
     near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
+    sizes: dict[int, dict[str, Any]]
     sizes = {i: {"near": near, "far": capacity - near} if i in chosen else {"near": recent, "far": 0} for i in beside}
     common: dict[str, Any] = {
         "distance": distance,
@@ -216,19 +225,28 @@ def find_attentions(model: nn.Module) -> dict[int, nn.Module]:
     Raises
     ------
     ArgumentError
-        There are none, or they do what memory cannot join yet.
+        There are none, or not all layers are, or they do what memory cannot join yet.
     """
-    found = {
-        module.layer_idx: module
+    every = [
+        module
         for module in model.modules()
         if "Attention" in type(module).__name__
         and getattr(module, "layer_idx", None) is not None
         and getattr(module, "is_causal", False)
-    }
-    if not found or model.config.is_encoder_decoder:
+    ]
+    found = {module.layer_idx: module for module in every}
+    config = model.config.get_text_config(decoder=True)
+    both_ways = any(getattr(config, name, None) is value for name, value in BOTH_WAYS)
+    if not found or model.config.is_encoder_decoder or both_ways:
         remedy = "Attach memory to a decoder such as GPT-2, Llama, Qwen or Mistral."
         raise ArgumentError("model", "a decoder with causal self-attention", type(model).__name__, remedy)
-    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+    total = getattr(config, "num_hidden_layers", len(found))
+    others = {type(module).__name__ for module in model.modules() if OTHERS.search(type(module).__name__)}
+    if len(every) != len(found) or len(found) < total or others:
+        received = f"{len(every)} in {total} layers" + (f", and {', '.join(sorted(others))}" if others else "")
+        remedy = "Attach memory to a model whose only memory of earlier tokens is attention, once a layer."
+        raise ArgumentError("model", "one causal self-attention in every layer", received, remedy)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
         remedy = "Set config.attn_logit_softcapping to None, or use another model."
         raise ArgumentError("model", "attention without a soft cap on its scores", type(model).__name__, remedy)
     return found
@@ -251,9 +269,13 @@ def choose(layers: str | int | Sequence[int], known: list[int]) -> list[int]:
     if isinstance(layers, str):
         checks.choice("layers", layers, ("all",))
         return known
-    wanted: list[Any] = [layers] if hasattr(layers, "__index__") else list(layers)
+    wanted: Any = [layers] if hasattr(layers, "__index__") else layers
+    wanted = list(wanted) if isinstance(wanted, Iterable) else [None]
     total = known[-1] + 1
-    numbers = sorted({n.__index__() + total * (n < 0) if hasattr(n, "__index__") else None for n in wanted}, key=str)
+    whole = [hasattr(n, "__index__") and not isinstance(n, bool) for n in wanted]
+    numbers = sorted(
+        {n.__index__() + total * (n < 0) if w else None for n, w in zip(wanted, whole, strict=True)}, key=str
+    )
     if not numbers or any(n not in known for n in numbers):
         expected = f"'all', or layers from 0 to {known[-1]}"
         raise ArgumentError("layers", expected, repr(layers), "Name layers that the model has.")

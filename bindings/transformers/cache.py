@@ -13,9 +13,11 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ...backends.errors import ArgumentError
 from .layer import LayerMemory
 
 PLAIN = {DynamicLayer, DynamicSlidingWindowLayer}
+BEGUN = "perdure_begun"  # attribute of a cache: the memory's state when it began, and how far its positions are moved
 SLACK = 8  # an eighth of the window more may gather before the oldest leave, so that they leave in company
 
 
@@ -83,10 +85,19 @@ class WindowLayer(DynamicLayer):
         return cached + query_length, self.cumulative_length - cached
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest tokens back: a negative number of them, or down to a positive total."""
+        """Take the newest tokens back: a negative number of them, or down to a positive total.
+
+        Raises
+        ------
+        ArgumentError
+            Some of them have left for memory, which gives nothing back.
+        """
         removed = self.cumulative_length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         if removed <= 0 or not self.is_initialized:
             return
+        if removed > self.keys.shape[-2]:
+            held, remedy = self.keys.shape[-2], "Attach with a larger window, or draft fewer tokens at once."
+            raise ArgumentError("tokens_to_remove", f"at most the {held} tokens in the cache", f"{removed}", remedy)
         self.keys, self.values = self.keys[:, :, :-removed], self.values[:, :, :-removed]
         self.notes = self.notes[:, :-removed]
         self.cumulative_length -= removed

@@ -32,7 +32,7 @@ def token_ids(text_or_ids: Any, tokenizer: Any) -> torch.Tensor:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ArgumentError("text_or_ids", "text or token ids", f"numbers of {ids.dtype}", "Pass a str or integers.")
     ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or ids.shape[1] == 0:
+    if ids.ndim != 2 or 0 in ids.shape:
         raise ShapeError("text_or_ids", "ids (n,) or (rows, n), n at least 1", str(tuple(ids.shape)), "Pass more text.")
     return ids.to(torch.int64)
 

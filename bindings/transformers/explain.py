@@ -40,9 +40,11 @@ class Explanation:
     def __str__(self) -> str:
         lines = []
         for token, draws in self.draws.items():
-            lines.append(f"token {token}, {self._text(self.answer[token : token + 1])!r}, drew on")
+            told = self._text(self.answer[token : token + 1])
+            lines.append(f"token {token}, {told!r}, drew on" if token < len(self.answer) else "what comes next drew on")
             lines += [
-                f"  {draw.weight:4.0%}  layer {draw.layer}, head {draw.head}  {self.passage(draw)}" for draw in draws
+                f"  {d.weight:4.0%}  layer {d.layer}, head {d.head}, score {d.score:.1f}  {self.passage(d)}"
+                for d in draws
             ]
             lines += [] if draws else ["  nothing remembered"]
         return "\n".join(lines)
@@ -88,7 +90,7 @@ class Explanation:
         document.append(html.escape(self._text(self.document[end:])))
         answer = [self._answer_token(token) for token in range(len(self.answer))]
         data = {
-            token: [[d.position, round(d.weight, 4), d.layer, d.head] for d in draws]
+            token: [[d.position, round(d.weight, 4), d.layer, d.head, round(d.score, 2)] for d in draws]
             for token, draws in self.draws.items()
         }
         parts = {"DATA": json.dumps(data), "ANSWER": "".join(answer), "DOCUMENT": "".join(document)}
@@ -101,7 +103,7 @@ class Explanation:
         return f'<button data-token="{token}" style="--w:{self.draws[token][0].weight:.3f}">{text}</button>'
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids))
+        return self.tokenizer.decode([i for i in ids if i >= 0])  # -1 was given as embeddings
 
 
 PAGE = """<!doctype html>
@@ -123,9 +125,10 @@ const draws = DATA, list = document.getElementById("draws");
 document.querySelectorAll("button").forEach(button => button.addEventListener("click", () => {
   document.querySelectorAll("button").forEach(other => other.setAttribute("aria-pressed", other === button));
   document.querySelectorAll("span.drawn").forEach(span => span.classList.remove("drawn"));
-  list.replaceChildren(...draws[button.dataset.token].map(([position, weight, layer, head], rank) => {
+  list.replaceChildren(...draws[button.dataset.token].map(([position, weight, layer, head, score], rank) => {
     const span = document.getElementById("m" + position), item = document.createElement("li");
-    item.textContent = `${(100 * weight).toFixed(0)} % of layer ${layer}, head ${head}: token ${position}`;
+    item.textContent =
+      `${(100 * weight).toFixed(0)} % of layer ${layer}, head ${head}, score ${score}: token ${position}`;
     if (span) {
       span.classList.add("drawn");
       span.style.setProperty("--w", weight);

@@ -17,6 +17,7 @@ from .mixing import Whole, held, read_memory, read_whole
 from .positions import Angles, Rotary
 
 WHOLE = ("first", "recent")  # the stores that every query reads whole
+SAME = 0.05  # of the largest number: what computing a key again may change, in half precision too
 
 
 class LayerMemory:
@@ -67,7 +68,7 @@ class LayerMemory:
         near, far = (0, far - recent) if self.constant else (near - recent, far)
         self.capacities = {"first": sinks, "recent": recent, "near": near, "far": far}
         self.stores: dict[str, KNNMemory] = {}
-        self._whole: dict[Any, Whole] = {}  # what is read whole, until something is written
+        self._whole: dict[Any, Any] = {}  # what is read whole, and where it begins, until something is written
         self.staged: tuple[torch.Tensor, torch.Tensor, Angles | None] | None = None
 
     @property
@@ -101,6 +102,7 @@ class LayerMemory:
         scale: float,
         before: int | np.ndarray = 0,
         keep: int | None = 0,
+        nearest: torch.Tensor | None = None,
     ) -> dict[str, Reading]:
         """Attention over the nearest memories of queries (rows, query_heads, q, dim), rotated by `angles`.
 
@@ -110,8 +112,9 @@ class LayerMemory:
         which every query reads; of the recent ones, the `keep` nearest. Where that is None nothing is retrieved: only
         what is read whole is read. There may be several times as many rows as are remembered: each row of memory then
         serves that many, which follow one another. `before`, one number or (rows,), is added to their positions.
+        `nearest`, as `positions`, is where queries stand for what keeps its distance, if that is to grow no further.
         """
-        seen = self._seen(query, asked, angles, positions)
+        seen = self._seen(query, asked, angles, positions, nearest)
         whole = [name for name in WHOLE if name in seen]
         if len(whole) == 2 and seen["first"] is seen["recent"]:
             whole = ["first recent"]
@@ -132,11 +135,23 @@ class LayerMemory:
                 readings[name] = replace(reading, neighbours=neighbours)
         return readings
 
-    def stage(self, key: torch.Tensor, value: torch.Tensor, angles: Angles | None) -> None:
-        """Hold a segment (rows, heads, n, dim), rotated by `angles`, to be written once the whole model has read."""
+    def stage(self, key: torch.Tensor, value: torch.Tensor, angles: Angles | None, again: bool = False) -> None:
+        """Hold a segment (rows, heads, n, dim), rotated by `angles`, to be written once the whole model has read.
+
+        Raises
+        ------
+        ArgumentError
+            Another is held that came with this forward pass, or where a backward pass computes it `again`, another.
+        """
         key, value = key.detach(), value.detach()
         checks.measurable(keys=key)
         checks.finite(values=value)
+        if self.staged is not None and not again:
+            remedy = "Attach memory to a model whose layers attend once."
+            raise ArgumentError("model", f"one call of layer {self.index}", "another in the same forward pass", remedy)
+        if self.staged is not None and not alike(key, self.staged[0]):
+            remedy = "With gradient checkpointing, call backward after each forward pass."
+            raise ArgumentError("backward", "that of the newest forward pass", "that of an earlier one", remedy)
         self.staged = key, value, angles
 
     def write(self, mask: torch.Tensor | None, positions: torch.Tensor) -> None:
@@ -153,7 +168,7 @@ class LayerMemory:
             opening = present & (present.cumsum(axis=1) <= self.capacities["first"] - first.tokens[:, None])
             if opening.any():
                 seen_alike = self._turned(key, angles, 0) if self.constant else key
-                first.write(seen_alike, value, mask=opening)
+                first.write(seen_alike, value, mask=opening, tags=positions.expand(rows, n).cpu().numpy())
                 present = present & ~opening
         self._put(self._chain, key, value, angles, positions.expand(rows, n).cpu().numpy(), present)
 
@@ -226,20 +241,40 @@ class LayerMemory:
         store.write(key, value, mask=present, tags=None if name == "far" else stood)
 
     def _seen(
-        self, query: torch.Tensor, asked: torch.Tensor, angles: Angles | None, positions: torch.Tensor
+        self,
+        query: torch.Tensor,
+        asked: torch.Tensor,
+        angles: Angles | None,
+        positions: torch.Tensor,
+        nearest: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """The queries for each store, at the distance from which its keys are seen."""
         seen = {name: query if name == "recent" else asked for name in self.stores}
         if self.rotary is None:
             return seen
+        if nearest is not None:
+            closer = self.rotary.angles(nearest, asked)
+            kept = [name for name in ("recent", "near") if name in seen]
+            seen |= {name: self.rotary.turn(seen[name], angles, closer) for name in kept}
         if self.constant or "far" in seen:
             turned = self._turned(asked, angles, self.distance)
             seen |= {name: turned for name in ("first", "far") if name in seen and (self.constant or name == "far")}
         if "first" in seen and not self.constant and int(positions.max()) > self.distance and self.capacities["far"]:
-            least = positions.clamp(max=self.distance)  # the first tokens, as near as they are, or else at `distance`
-            all_far = "far" in seen and int(least.min()) == self.distance
+            most = self._began(asked) + self.distance
+            least = torch.minimum(positions, most)  # the first tokens, as near as they are, or else at `distance`
+            all_far = "far" in seen and bool((least == self.distance).all())
             seen["first"] = turned if all_far else self.rotary.turn(asked, angles, self.rotary.angles(least, asked))
         return seen
+
+    def _began(self, like: torch.Tensor) -> torch.Tensor:
+        """Where the first token of each row stands, (rows, 1): after the padding that came before it."""
+        key = "began", like.device
+        if key not in self._whole:
+            first = self.stores["first"]
+            tags = first.at(np.where(first.tokens > 0, 0, -1)[:, None]).tags
+            began = np.zeros((first.rows, 1), np.int64) if tags is None else np.maximum(tags, 0)
+            self._whole[key] = torch.from_numpy(began).to(like.device)
+        return self._whole[key].repeat_interleave(like.shape[0] // len(self._whole[key]), dim=0)
 
     def _held(self, names: str, like: torch.Tensor) -> Whole:
         """What stores with these names hold, copied when first asked for."""
@@ -257,3 +292,8 @@ class LayerMemory:
             return vectors
         new = self.rotary.angles(torch.full((1, 1), position, device=vectors.device), vectors)
         return self.rotary.turn(vectors, angles, new)
+
+
+def alike(key: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one is the other, computed once more."""
+    return key.shape == other.shape and bool((key - other).abs().max() <= SAME * other.abs().max())

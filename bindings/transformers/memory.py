@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from transformers import DynamicCache
 
 from ...backends.errors import ArgumentError, ShapeError
 from ...core import checks
-from .cache import WindowLayer, bound
+from .cache import BEGUN, WindowLayer, bound
 from .document import Progress, read_in_windows, token_ids
 from .explain import Explanation
 from .layer import LayerMemory
 from .saved import Keeping
 from .trace import Trace
+
+STATES = itertools.count()  # of all memories there are: no two ever have the same, nor has one of them again
 
 
 class ModelMemory(Keeping):
@@ -61,11 +63,12 @@ class ModelMemory(Keeping):
         self.history: list[list[int]] = []  # ids of all that each row has read; -1 where it was given embeddings
         self.following: torch.Tensor | None = None  # (rows,), where the next token of each row stands
         self.positions: torch.Tensor | None = None  # (rows or 1, n), where the tokens at hand stand
+        self.nearest: torch.Tensor | None = None  # as far from what was read as they may seem, if they stand further
+        self._state = next(STATES)
         self._mask: torch.Tensor | None = None  # which of them are no padding, bool (rows, n)
         self._ids: torch.Tensor | None = None  # which tokens they are, (rows, n)
         self._cache: Any = None  # the cache they came with
-        self._deferred = False  # they have been read, and their backward pass is still to come
-        self._shifts: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # of the tokens in each cache
+        self.deferred = False  # they have been read, and their backward pass is still to come
 
     @property
     def tokens(self) -> np.ndarray:
@@ -85,7 +88,10 @@ class ModelMemory(Keeping):
         ArgumentError
             A row out of range; then nothing has been forgotten.
         """
+        if rows is not None:
+            self.settle()
         self._drop_staged()
+        self._state = next(STATES)
         if rows is None:
             self.following, self.history = None, []
         for layer in self.layers.values():
@@ -104,7 +110,8 @@ class ModelMemory(Keeping):
         Parameters
         ----------
         text_or_ids : str, or integers (n,) or (rows, n)
-            Text needs the tokenizer given to `attach`.
+            Text needs the tokenizer given to `attach`, which adds no special tokens to it: a model that expects one at
+            the beginning is to be given ids that begin with it.
         progress : bool or callable
             Show a progress bar on the terminal; or a function to call with the number of tokens of each window.
         score : bool
@@ -117,18 +124,23 @@ class ModelMemory(Keeping):
         -------
         int or float32 tensor (rows, n)
             Tokens read, or with `score` the loss of every token in nats: -log p(token | window and memory); NaN for
-            the first, which nothing predicts.
+            the first, which nothing predicts. Inside `frozen` every window is read, and nothing is remembered.
 
         Raises
         ------
         ArgumentError, ShapeError
-            Text without a tokenizer, or ids that are not integers of at most two axes.
+            Text without a tokenizer, ids that are not integers of at most two axes, or `score` for a model without
+            a language-model head.
         """
         ids = token_ids(text_or_ids, self.tokenizer).to(next(self.model.parameters()).device)
-        keep = {} if score else {"logits_to_keep": 1}
+        heads = self.model.get_output_embeddings() is not None
+        if score and not heads:
+            remedy = "Attach memory to the model with its language-model head."
+            raise ArgumentError("score", "a model that predicts tokens", type(self.model).__name__, remedy)
+        keep = {} if score or not heads else {"logits_to_keep": 1}
 
         def forward(part: torch.Tensor, start: int) -> torch.Tensor:
-            return self.model(input_ids=part, use_cache=False, **keep).logits
+            return self.model(input_ids=part, use_cache=False, **keep)[0]
 
         before, self.retrieving = self.retrieving, retrieve
         try:
@@ -148,7 +160,11 @@ class ModelMemory(Keeping):
 
     @contextlib.contextmanager
     def tracing(self, keep: int = 1) -> Iterator[Trace]:
-        """Record what every token draws from, the `keep` nearest memories of a head, inside the `with` block."""
+        """Record what every token draws from, the `keep` nearest memories of a head, inside the `with` block.
+
+        Tokens are those that the model is given: drafts that assisted decoding rejects are among them, and in beam
+        search rows are beams as they stand at that step.
+        """
         before, self.trace = self.trace, Trace(keep)
         try:
             yield self.trace
@@ -161,7 +177,8 @@ class ModelMemory(Keeping):
         Parameters
         ----------
         token : int, optional
-            Number of the token among those traced; all of them by default. The token before it predicted it.
+            Number of the token among those traced; all of them by default. The token before it predicted it. The
+            number of traced tokens is that of the next one, which the last predicted and the model was not given.
         row : int
             Of what was traced, such as the first of several questions about one document.
         most : int
@@ -170,18 +187,20 @@ class ModelMemory(Keeping):
         Raises
         ------
         ArgumentError
-            No tokenizer is attached, nothing was traced, or not that token.
+            No tokenizer is attached, nothing was traced, or not that token or row.
         """
         trace = self.trace or self.last_trace
         if self.tokenizer is None or trace is None or not trace.tokens:
             expected, received = "a tokenizer and a trace", "no tokenizer" if self.tokenizer is None else "no trace"
             remedy = "Pass attach(model, tokenizer=...), and call the model inside memory.tracing()."
             raise ArgumentError("explain", expected, received, remedy)
+        if checks.count("row", row, least=0) >= max(trace.rows, 1):
+            raise ArgumentError("row", f"a number below {trace.rows}", repr(row), "Name a row that was traced.")
         chosen = range(1, trace.tokens) if token is None else [checks.count("token", token)]
         draws = {t: trace.draws(t - 1, row)[: checks.count("most", most)] for t in chosen}
-        answer = trace.ids(row)
-        document = self.history[row * len(self.history) // max(trace.rows, 1)] if self.history else []
-        return Explanation([*document, *answer], answer, draws, self.tokenizer)
+        history = trace.history
+        document = history[row * len(history) // max(trace.rows, 1)] if history else []
+        return Explanation([*document, *trace.ids(row, padding=False)], trace.ids(row), draws, self.tokenizer)
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
         """Called with what a forward pass is `given`; returns it with positions that continue the history."""
@@ -201,7 +220,10 @@ class ModelMemory(Keeping):
             cached = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(cached, cached + n, device=tokens.device)[None]
         if self._shifting and self.following is not None:
-            given["position_ids"] = positions = positions + self._shift(positions, mask, cache)
+            given["position_ids"] = positions = positions + self._shift(positions, mask, cache, rows)
+        if self._limit is not None and n > self._limit:
+            remedy = "Pass a shorter segment, or attach(window=...) for read_document."
+            raise ArgumentError("input_ids", f"at most {self._limit} tokens at once, as positions", f"{n}", remedy)
         if self._limit is not None and int(positions.max()) >= self._limit:
             if not self._bounded:
                 raise ArgumentError(
@@ -214,8 +236,12 @@ class ModelMemory(Keeping):
         if cache is not None:
             bound(cache, self.window, self.layers, self.model.config.get_text_config(decoder=True).num_hidden_layers)
         self.positions, self._mask, self._cache, self._ids = positions, mask, cache, given.get("input_ids")
+        self.nearest = None
+        if cache is not None and self._bounded and self._limit is None and self.following is not None:
+            most = self._of_rows(self.following, rows) + self.window
+            self.nearest = torch.minimum(positions, most) if bool((positions > most).any()) else None
         if self.trace is not None:
-            self.trace.begin(n, given.get("input_ids"))
+            self.trace.begin(n, given.get("input_ids"), mask, self.history)
         return given
 
     def tail(self, index: int) -> LayerMemory | None:
@@ -233,28 +259,43 @@ class ModelMemory(Keeping):
             if isinstance(layer, WindowLayer):
                 layer.settle(self.positions, self._mask)
         again = torch.is_grad_enabled() and self.model.training
-        self._deferred = again and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
-        if not self._deferred:
+        self.deferred = again and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        if not self.deferred:
             self._commit()
+        if self.trace is not None:
+            self.trace.history = list(self.history)
 
     def settle(self) -> None:
         """Write what has been read, if that was put off."""
-        if self._deferred:
+        if self.deferred:
             self._commit()
 
     def replace(self, layers: dict[int, LayerMemory], history: list[list[int]], following: torch.Tensor | None) -> None:
         """Remember what `layers` hold instead: tokens `history`, and `following`, where the next ones stand."""
         self._drop_staged()
+        self._state = next(STATES)
         for i, layer in self.layers.items():
             layer.take_over(layers[i])
         self.history = history
         self.following = None if following is None else following.to(next(self.model.parameters()).device)
 
     def _commit(self) -> None:
-        """Write what every layer has staged."""
-        self._deferred = False
-        if not all(layer.staged is not None for layer in self.layers.values()):
+        """Write what every layer has staged.
+
+        Raises
+        ------
+        ArgumentError
+            Some of the layers were not called.
+        """
+        self.deferred = False
+        staged = [i for i, layer in self.layers.items() if layer.staged is not None]
+        if not staged:
             return
+        if len(staged) < len(self.layers):
+            self._drop_staged()
+            remedy = "Set layerdrop to 0: what a layer has not read it cannot remember."
+            raise ArgumentError("model", "a forward pass through every layer", f"one through layers {staged}", remedy)
+        self._state = next(STATES)
         for layer in self.layers.values():
             layer.write(self._mask, self.positions)
         self._note()
@@ -275,21 +316,24 @@ class ModelMemory(Keeping):
         for layer in self.layers.values():
             layer.staged = None
 
-    def _shift(self, positions: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
+    def _shift(self, positions: torch.Tensor, mask: torch.Tensor | None, cache: Any, rows: int) -> torch.Tensor:
         """How far each row's positions move so that its first token follows what the row remembers; (rows, 1)."""
-        if cache is not None and cache in self._shifts:
-            return self._shifts[cache]
-        rows = max(len(self.following), positions.shape[0] if mask is None else len(mask))
+        kept = getattr(cache, BEGUN, None)
+        if kept is not None and cache.get_seq_length():
+            return kept[1]
         first = torch.zeros(rows, 1, dtype=torch.int64, device=positions.device)
         if mask is not None:
             first = mask.int().argmax(dim=1, keepdim=True)
-        following = self.following.repeat_interleave(rows // len(self.following))[:, None]
-        shift = following - positions.expand(rows, -1).gather(1, first)
+        shift = self._of_rows(self.following, rows) - positions.expand(rows, -1).gather(1, first)
         if self._bounded and self._limit is not None:  # learned positions: never past the last
             shift = shift.clamp(max=self._limit - 1 - int(positions.max()))
         if cache is not None:
-            self._shifts[cache] = shift
+            setattr(cache, BEGUN, (self._state, shift))
         return shift
+
+    def _of_rows(self, each: torch.Tensor, rows: int) -> torch.Tensor:
+        """A number of each row remembered, as (rows, 1) for as many `rows` as continue them."""
+        return each.repeat_interleave(rows // len(each))[:, None]
 
     def _check(self, rows: int, cache: Any) -> None:
         held = len(self.tokens)
@@ -301,6 +345,19 @@ class ModelMemory(Keeping):
             raise ArgumentError(
                 "past_key_values", "a dynamic cache", "a static one", "Leave out cache_implementation='static'."
             )
+        if cache is None or not self._shifting:
+            return
+        known = getattr(cache, BEGUN, None)
+        if not cache.get_seq_length():
+            setattr(cache, BEGUN, (self._state, 0))
+        elif known[0] != self._state if known else self.following is not None:
+            remedy = "Begin another cache after reading or clearing; read inside memory.frozen() while one is in use."
+            expected = "a cache that began with what is remembered now"
+            raise ArgumentError("past_key_values", expected, "one that began with something else", remedy)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refused: the copy of a model would still write to this memory."""
+        raise ArgumentError("model", "one without memory to copy", "one with memory", "Call detach(model) first.")
 
 
 def present(mask: torch.Tensor | None, n: int) -> torch.Tensor | None:

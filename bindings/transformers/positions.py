@@ -86,7 +86,7 @@ def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary | None:
                 continue
             if float((turned - near).abs().max()) < CLOSE * float(near.abs().max()):
                 return rotary
-    remedy = "Attach memory to a model that rotates whole keys, by position, with its apply_rotary_pos_emb."
+    remedy = "Attach memory to a model that attends once a layer, to whole keys that its apply_rotary_pos_emb rotates."
     raise ArgumentError("model", "keys whose rotation can be undone", type(model).__name__, remedy)
 
 
@@ -99,7 +99,7 @@ def keys_of(attention: nn.Module, rotary: Rotary, position: int) -> torch.Tensor
     like = next(attention.parameters())
     width = attention.config.hidden_size
     given = torch.linspace(-1, 1, width).mul(17).sin()[None, None].to(like.device, like.dtype)
-    caught: list[torch.Tensor] = []
+    caught: list[torch.Tensor] = []  # a layer that attends more than once would have several memories to keep
     with torch.no_grad():
         attention(
             hidden_states=given,
@@ -107,6 +107,8 @@ def keys_of(attention: nn.Module, rotary: Rotary, position: int) -> torch.Tensor
             attention_mask=None,
             perdure_caught=caught,
         )
+    if len(caught) != 1:
+        raise LookupError("one call of attention")
     return caught[0]
 
 

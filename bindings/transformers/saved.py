@@ -25,21 +25,22 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 KIND, ADAPTER = "ModelMemory", "perdure adapter 1"
 PROBE = "The naïve café, 1984:\n\tdef  f(x): return x**2 # ∑∞ 記憶"
-SAMPLED, CLOSE = 64, 0.02  # numbers of a weight matrix that tell a model from another, in half precision too
+SAMPLED, CLOSE = 16, 0.02  # numbers of a weight matrix that tell a model from another, in half precision too
 
 
 def save_memory(memory: ModelMemory, path: Path) -> None:
     """Save what `memory` remembers; see `ModelMemory.save`."""
     arrays = {}
     for i, layer in memory.layers.items():
-        arrays[f"layers.{i}.weights"] = sample(memory.attentions[i])
+        arrays[f"layers.{i}.rotation"] = rotation(layer)[:, 0]
         for name, store in layer.stores.items():
             arrays |= {f"layers.{i}.{name}.{part}": array for part, array in store.state_dict().items()}
+    arrays["weights"] = np.concatenate(samples(memory.model))
     for row, history in enumerate(memory.history):
         arrays[f"history.{row}"] = np.array(history, np.int64)
     if memory.following is not None:
         arrays["following"] = memory.following.cpu().numpy()
-    config = {**memory.settings, "tokenizer": fingerprint(memory.tokenizer)}
+    config = {**memory.settings, "tokenizer": fingerprint(memory.tokenizer), "attention": attention_of(memory.model)}
     save_arrays(pack(KIND, config, arrays), path)
 
 
@@ -57,7 +58,7 @@ def load_memory(memory: ModelMemory, path: Path) -> None:
     try:
         for i, layer in memory.layers.items():
             loaded[i] = LayerMemory(i, layer.rotary, **layer.sizes, sinks=layer.sinks, settings=layer.settings)
-            loaded[i].restore({n: a for n, a in within(arrays, f"layers.{i}.").items() if n != "weights"})
+            loaded[i].restore({n: a for n, a in within(arrays, f"layers.{i}.").items() if n != "rotation"})
         rows = len(next(iter(loaded.values())).tokens)
         history = [arrays[f"history.{row}"].tolist() for row in range(rows)]
         following = torch.from_numpy(arrays["following"]) if rows else None
@@ -84,11 +85,41 @@ def agree(memory: ModelMemory, config: dict[str, Any], arrays: dict[str, np.ndar
         if saved != value:
             remedy = f"Call attach(model, {name}={saved!r}, ...) to load it."
             raise ArgumentError(name, f"{saved!r}, as the memory was saved with", repr(value), remedy)
-    for i in memory.layers:
-        kept, own = arrays.get(f"layers.{i}.weights"), sample(memory.attentions[i])
-        if kept is None or kept.shape != own.shape or np.abs(kept - own).max() > CLOSE * np.abs(own).max():
-            remedy = "Keys and values mean nothing to other weights: load that model, or read the document again."
-            raise ArgumentError("model", "the model that the memory was read with", f"another layer {i}", remedy)
+    remedy = "Keys and values mean nothing to another model: load that model, or read the document again."
+    expected, other = "the model that the memory was read with", None
+    if config.get("attention") != attention_of(memory.model):
+        other = "one of other attention"
+    for i, layer in memory.layers.items():
+        if not close(arrays.get(f"layers.{i}.rotation"), list(rotation(layer))):
+            other = f"one whose layer {i} turns keys otherwise"
+    if not close(arrays.get("weights"), samples(memory.model)):
+        other = "one of other weights"
+    if other is not None:
+        raise ArgumentError("model", expected, other, remedy)
+
+
+def attention_of(model: Any) -> list[Any]:
+    """What a configuration says of how its layers attend, as JSON gives it back."""
+    config = model.config.get_text_config(decoder=True)
+    told = [getattr(config, name, None) for name in ("model_type", "layer_types", "sliding_window")]
+    return json.loads(json.dumps(told, default=str))
+
+
+def rotation(layer: LayerMemory) -> np.ndarray:
+    """Frequencies that a layer turns keys by, and the factors that come with it, float32 (n, 1)."""
+    if layer.rotary is None:
+        return np.zeros((1, 1), np.float32)
+    cos, sin = (a.flatten().float().numpy() for a in layer.rotary.angles(torch.ones(1, 1, dtype=int), torch.zeros(1)))
+    return np.concatenate([np.arctan2(sin, cos), np.hypot(sin, cos)])[:, None]
+
+
+def close(kept: np.ndarray | None, own: list[np.ndarray]) -> bool:
+    """Whether `kept`, one after another, are the same numbers, but for what half precision makes of them."""
+    ends = np.cumsum([len(part) for part in own])
+    if kept is None or kept.shape != (ends[-1],):
+        return False
+    parts = zip(np.split(kept, ends[:-1]), own, strict=True)
+    return all(np.abs(theirs - ours).max(initial=0) <= CLOSE * np.abs(ours).max(initial=0) for theirs, ours in parts)
 
 
 def fingerprint(tokenizer: Any) -> str | None:
@@ -100,11 +131,11 @@ def fingerprint(tokenizer: Any) -> str | None:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def sample(attention: nn.Module) -> np.ndarray:
-    """A few of a layer's weights, float32."""
-    learned = (GATE, SCALE)
-    weights = [p.detach().flatten() for n, p in sorted(attention.named_parameters()) if n not in learned]
-    return torch.cat([w[:: max(len(w) // SAMPLED, 1)].float().cpu() for w in weights]).numpy()
+def samples(model: nn.Module) -> list[np.ndarray]:
+    """A few numbers of each of a model's weights, float32, but for what memory learns."""
+    named = sorted(model.named_parameters())
+    weights = [p.detach().flatten() for n, p in named if n.rpartition(".")[2] not in (GATE, SCALE) and not p.is_meta]
+    return [w[:: max(len(w) // SAMPLED, 1)].float().cpu().numpy() for w in weights]
 
 
 def within(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -83,7 +83,7 @@ def attention(
         return own()
     seam, layer = perdure_seam, perdure_seam.layer
     if seam.staging:
-        layer.stage(key, value, seam.angles)
+        layer.stage(key, value, seam.angles, seam.memory.deferred)
     memories = [memory for memory in (layer, seam.tail) if memory is not None and not memory.empty]
     if not memories:
         output, weights = own()
@@ -124,7 +124,8 @@ def join(
         before = 0 if memory is seam.layer or seam.layer.empty else seam.layer.written  # a cache follows what was read
         asked = query if factor is None else query * factor.abs().to(query.dtype)[:, None, None]
         wanted = keep if seam.memory.retrieving else None
-        readings = memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, wanted)
+        nearest = seam.memory.nearest if memory is seam.layer else None
+        readings = memory.read(query, asked, seam.angles, seam.memory.positions, scale, before, wanted, nearest)
         for name, reading in readings.items():
             (found if name in ("near", "far") else beside).append(reading)
     trace = seam.memory.trace
@@ -135,7 +136,7 @@ def join(
         return joined.output
     local, remembered = merge(at_hand, *beside), merge(*found)
     if trace is not None:
-        trace.record(seam.layer.index, found, remembered.lse, scale)
+        trace.record(seam.layer.index, found, remembered.lse, scale, torch.sigmoid(bias.detach().float()))
     return gate(remembered, local.output, bias.to(local.output.dtype))
 
 

@@ -21,13 +21,14 @@ from .hnsw import PARTS
 from .protocol import Index, Ring
 
 MEMORY = 0.9  # weight of the past in what a step is taken to be
-EVERY = 32  # searches from one choice to the next
+EVERY, SOONER = 32, 8  # searches from one choice to the next, and how many times fewer where each has
+MANY = 256  # queries a head
 BETTER = 0.7  # another index must promise this share of the present one's cost: to change is to build anew
 LEAST = 4096  # keys below which exact search is the cheapest, whatever things cost
 
 
 class AutoIndex:
-    """Holds one of the others, and reconsiders after every EVERY searches."""
+    """Holds one of the others, and reconsiders after every EVERY searches, sooner where each asks much."""
 
     def __init__(self, make: dict[str, Callable[[], Index]], target: float, costs: Costs | None):
         self.make, self.target, self.costs, self.name = make, target, costs, "exact"
@@ -35,6 +36,7 @@ class AutoIndex:
         self.queries = self.written = 0.0  # a step's, on average
         self.searches = self.seen = 0
         self.refused: tuple[str, ...] = ()  # graphs, once they have missed their recall
+        self.probed = 0.0  # share of the lists that audits asked for when there last were lists; 0 is unknown
         self.estimates: dict[str, float] = {}
         self.lock = ReadWriteLock().writing
 
@@ -48,17 +50,17 @@ class AutoIndex:
     def state(self) -> dict[str, np.ndarray]:
         """What is chosen, on what grounds, and the chosen index's own state."""
         which = list(self.make).index(self.name)
-        numbers = np.array(
-            [which, self.queries, self.written, self.searches, self.seen, bool(self.refused)], np.float64
-        )
-        return {"auto": numbers, **self.index.state()}
+        numbers = [which, self.queries, self.written, self.searches, self.seen, self.probed, bool(self.refused)]
+        return {"auto": np.array(numbers, np.float64), **self.index.state()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
+        if not state:  # of a memory on a device, which has no index
+            return
         numbers = state.get("auto", np.empty(0))
-        numbers = np.append(numbers, 0) if numbers.shape == (5,) else numbers  # an older one
-        if numbers.shape != (6,) or not 0 <= numbers[0] < len(self.make):
+        numbers = np.append(numbers, [0, 0]) if numbers.shape == (5,) else numbers  # an older one
+        if numbers.shape != (7,) or not 0 <= numbers[0] < len(self.make):
             raise ArgumentError("state", "the state of an automatic index", f"auto = {numbers}", ALTERED)
-        which, self.queries, self.written, searches, seen, refused = (float(number) for number in numbers)
+        which, self.queries, self.written, searches, seen, self.probed, refused = (float(number) for number in numbers)
         self.searches, self.seen, self.refused = int(searches), int(seen), ("hnsw",) if refused else ()
         self.name = list(self.make)[int(which)]
         self.index = self.make[self.name]()
@@ -71,7 +73,7 @@ class AutoIndex:
             self.queries = weight * self.queries + (1 - weight) * queries.shape[1]
             self.written = weight * self.written + (1 - weight) * (0 if first else row.written - self.seen)
             self.searches, self.seen = self.searches + 1, row.written
-            if self.searches % EVERY == 0:
+            if self.searches % (EVERY if self.queries < MANY else max(EVERY // SOONER, 1)) == 0:
                 self.choose(row.stored, queries.shape[2])
             index = self.index
         return index.search(row, queries, k)
@@ -84,8 +86,9 @@ class AutoIndex:
             return
         if self.name == "hnsw" and self.index.audit.warned:
             self.refused = ("hnsw",)
-        probed = self.index.probed if self.name == "ivf" else None
-        every = estimate(n, d, self.queries, self.written, self.target, self.costs, probed)
+        if self.name == "ivf":
+            self.probed = self.index.probed or self.probed
+        every = estimate(n, d, self.queries, self.written, self.target, self.costs, self.probed or None)
         self.estimates = {n: cost for n, cost in every.items() if n in self.make and n not in self.refused}
         cheapest = min(self.estimates, key=self.estimates.__getitem__)
         if self.name not in self.estimates or self.estimates[cheapest] < BETTER * self.estimates[self.name]:
