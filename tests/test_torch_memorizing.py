@@ -160,26 +160,26 @@ def test_a_past_that_is_gone_is_refused_and_a_repeated_one_is_not():
 
 def test_tensors_are_searched_and_stored_on_their_own_memory(monkeypatch):
     layer = MemorizingAttention(DIM, HEADS, capacity=20, k=3, segment=SEGMENT)
-    seen = {"search": [], "write": []}
+    seen = {"search": [], "prepare": []}
     kept = {name: getattr(Row, name) for name in seen}
 
     def search(row, queries, k):
         seen["search"].append(queries)
         return kept["search"](row, queries, k)
 
-    def write(row, parts, tags):
-        seen["write"] += [parts["keys"], parts["values"]]
-        return kept["write"](row, parts, tags)
+    def prepare(row, parts, tags):
+        seen["prepare"] += [parts["keys"], parts["values"]]
+        return kept["prepare"](row, parts, tags)
 
     monkeypatch.setattr(Row, "search", search)
-    monkeypatch.setattr(Row, "write", write)
+    monkeypatch.setattr(Row, "prepare", prepare)
     queries, start = torch.randn(2, HEADS, 4, DIM // HEADS), torch.zeros(2, dtype=torch.bool)
     _, memory = run(layer, tokens(2, SEGMENT).float())
     recall(memory.token, queries, memory.keys, memory.values, memory.position, start, 3)
     assert len(seen["search"]) >= 2
-    assert len(seen["write"]) == 4
+    assert len(seen["prepare"]) == 4
     assert all(np.shares_memory(array, queries.numpy()) for array in seen["search"][-2:])
-    for array, tensor in zip(seen["write"], (memory.keys, memory.values) * 2, strict=True):
+    for array, tensor in zip(seen["prepare"], (memory.keys, memory.values) * 2, strict=True):
         assert np.shares_memory(array, tensor.numpy())
 
 
