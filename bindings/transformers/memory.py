@@ -162,13 +162,14 @@ class ModelMemory(Keeping):
     def tracing(self, keep: int = 1) -> Iterator[Trace]:
         """Record what every token draws from, the `keep` nearest memories of a head, inside the `with` block.
 
-        Tokens are those that the model is given: drafts that assisted decoding rejects are among them, and in beam
-        search rows are beams as they stand at that step.
+        Tokens are those that the model is given, but for drafts that assisted decoding rejects. In beam search, rows
+        are beams as they stand at each step, which `explain` refuses to call a text.
         """
         before, self.trace = self.trace, Trace(keep)
         try:
             yield self.trace
         finally:
+            self.trace.end()
             self.last_trace, self.trace = self.trace, before
 
     def explain(self, token: int | None = None, row: int = 0, most: int = 5) -> Explanation:
@@ -187,20 +188,23 @@ class ModelMemory(Keeping):
         Raises
         ------
         ArgumentError
-            No tokenizer is attached, nothing was traced, or not that token or row.
+            No tokenizer is attached, nothing was traced, not that token or row, or a beam search.
         """
         trace = self.trace or self.last_trace
         if self.tokenizer is None or trace is None or not trace.tokens:
             expected, received = "a tokenizer and a trace", "no tokenizer" if self.tokenizer is None else "no trace"
             remedy = "Pass attach(model, tokenizer=...), and call the model inside memory.tracing()."
             raise ArgumentError("explain", expected, received, remedy)
-        if checks.count("row", row, least=0) >= max(trace.rows, 1):
+        if trace.reordered:
+            remedy = "Search outside of memory.tracing(), then call the model with the answer inside it."
+            raise ArgumentError("explain", "rows that are each one text", "beams, which change places", remedy)
+        if checks.count("row", row, least=0) >= trace.rows:
             raise ArgumentError("row", f"a number below {trace.rows}", repr(row), "Name a row that was traced.")
-        chosen = range(1, trace.tokens) if token is None else [checks.count("token", token)]
-        draws = {t: trace.draws(t - 1, row)[: checks.count("most", most)] for t in chosen}
-        history = trace.history
-        document = history[row * len(history) // max(trace.rows, 1)] if history else []
-        return Explanation([*document, *trace.ids(row, padding=False)], trace.ids(row), draws, self.tokenizer)
+        every = range(1, trace.tokens + 1)
+        chosen = every if token is None else [checks.count("token", token, most=trace.tokens)]
+        document, drawn = trace.told(row)
+        draws = {t: drawn(t - 1)[: checks.count("most", most)] for t in chosen}
+        return Explanation(document, trace.ids(row), draws, self.tokenizer)
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
         """Called with what a forward pass is `given`; returns it with positions that continue the history."""
@@ -241,7 +245,11 @@ class ModelMemory(Keeping):
             most = self._of_rows(self.following, rows) + self.window
             self.nearest = torch.minimum(positions, most) if bool((positions > most).any()) else None
         if self.trace is not None:
-            self.trace.begin(n, given.get("input_ids"), mask, self.history)
+            full = given.get("attention_mask")  # of what the cache holds too
+            held = 0 if cache is None else cache.get_seq_length()
+            known = full is not None and held and full.shape[1] == held + n
+            earlier = full[:, :held].sum(dim=1).tolist() if known else None
+            self.trace.begin((rows, n), given.get("input_ids"), mask, self.history, cache, earlier)
         return given
 
     def tail(self, index: int) -> LayerMemory | None:
@@ -262,8 +270,6 @@ class ModelMemory(Keeping):
         self.deferred = again and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         if not self.deferred:
             self._commit()
-        if self.trace is not None:
-            self.trace.history = list(self.history)
 
     def settle(self) -> None:
         """Write what has been read, if that was put off."""
