@@ -7,15 +7,15 @@ steps. Those with memory are then tested with memories of several sizes on docum
 
 To use a memory, a model must find what followed a context like the present one. Large models learn that late in
 training, small ones in a benchmark of minutes not at all, so all models are given it to begin with, those without
-memory for their windows: the keys of the layer with memory are made of the token before, and its projections of queries
-and keys start equal. A token then matches those that followed tokens like it. `--keys=own --start=apart` takes both
-away again; results/learning.md tells what each does.
+memory for their windows: MemorizingAttention(keys="before", projections="equal"). A token then matches those that
+followed tokens like it. `--keys=own --projections=apart` takes both away; results/learning.md tells what each does.
 
 The tokenizer is made on the spot: bytes, and the commonest words and runs of blanks. The corpus is the Python standard
 library unless --corpus names a folder (books, sources, proofs), of which every file of at least --least bytes is a
-document.
+document; with --join every folder is, its files one after the other, as a repository is in the paper.
 
     nox -s bench -- language                                            # quick: one core, minutes
+    nox -s bench -- language --join --test=131072                       # and 65,536 tokens of memory: half an hour
     nox -s bench -- language --name=hol-light --corpus=/usr/share/hol-light/Multivariate --suffix=.ml --without=database
     nox -s bench -- language --full --device=cuda                       # the paper's sizes
 """
@@ -50,21 +50,28 @@ FULL = {
     "capacity": 8192, "test": 131_072, "documents": 8, "memories": [0, 1536, 8192, 32_768, 65_536],
 }  # fmt: skip
 PIECE = re.compile(rb" ?[A-Za-z_]+|\n *| +|[0-9]|[^A-Za-z_0-9 \n]", re.DOTALL)
+BYTES = 3  # of a token, about: texts that are tested on are at least so long
 INSTALLED = {"site-packages", "dist-packages"}  # in the folder of the standard library, but no part of it
 RETURNING = 4  # a token returns if that many before it came before, beyond the window
 
 
 class Corpus:
-    """Documents, the first few unseen in training, and the tokens they are made of."""
+    """Documents, the first few unseen in training and long enough to be tested on, and the tokens they are made of."""
 
-    def __init__(self, folder: Path, suffix: str, without: str | None, least: int, unseen: int, vocabulary: int):
-        paths = [path for path in sorted(folder.rglob(f"*{suffix}")) if not INSTALLED & set(path.parts[:-1])]
-        paths = [path for path in paths if path.stat().st_size >= least and not (without and without in path.name)]
-        texts = [path.read_bytes() for path in paths]
-        if len(texts) <= unseen:
-            raise SystemExit(f"{folder} has {len(texts)} files *{suffix} of {least} bytes; {unseen + 1} are needed")
+    def __init__(self, options: argparse.Namespace, unseen: int, test: int, vocabulary: int):
+        folder, without = options.corpus, options.without
+        paths = [path for path in sorted(folder.rglob(f"*{options.suffix}")) if not INSTALLED & set(path.parts[:-1])]
+        parts = collections.defaultdict[Path, list[bytes]](list)
+        for path in paths:
+            if not (without and without in path.name):
+                title = f"{path.name}\n".encode() if options.join else b""
+                parts[path.parent if options.join else path].append(title + path.read_bytes())
+        texts = [text for text in map(b"\n".join, parts.values()) if len(text) >= options.least]
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-        self.texts, self.unseen = [texts[i] for i in order], unseen
+        long = [i for i in order if len(texts[i]) >= BYTES * test][:unseen]
+        if len(long) < unseen or len(texts) <= unseen:
+            raise SystemExit(f"{folder} has {len(texts)} documents, {len(long)} of them long; {unseen} are tested on")
+        self.texts, self.unseen = [texts[i] for i in [*long, *(i for i in order if i not in long)]], unseen
         counted: collections.Counter[bytes] = collections.Counter()
         for text in self.texts[unseen : unseen + 100]:
             counted.update(PIECE.findall(text))
@@ -81,33 +88,16 @@ class Corpus:
         return torch.tensor(found)
 
 
-class Before(nn.Module):
-    """A projection of the token before: what it says of a token is what that followed."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (rows, n, dim); in a call's first token, of nothing
-        return self.linear(nn.functional.pad(x, (0, 0, 1, -1)))
-
-
 def build(setting: dict[str, Any], window: bool, memory: int, device: str) -> MemoryTransformer:
     """Some layers; without memory the one with memory is the same layer, deaf to it."""
     torch.manual_seed(setting["seed"])
     local = {"dim": setting["dim"], "heads": setting["heads"], "segment": setting["segment"]}
     local["window"] = setting["segment"] if window else 0
     layers: list[Any] = [TransformerXLAttention(**local) for _ in range(setting["layers"])]
-    looking = {"k": 32, "positions": "t5", "scale": setting["scale"]}
+    looking = {"k": 32, "positions": "t5"} | {name: setting[name] for name in ("scale", "keys", "projections")}
     layers[setting["with memory"]] = layer = MemorizingAttention(**local, capacity=memory or 1, **looking)
-    with torch.no_grad():
-        if setting["start"] == "equal":
-            layer.key.weight.copy_(layer.query.weight)
-        if not memory:
-            layer.gate.fill_(-1e9)
-            layer.gate.requires_grad_(False)
-    if setting["keys"] == "before":
-        layer.key = Before(layer.key)
+    if not memory:
+        nn.init.constant_(layer.gate, -1e9).requires_grad_(False)
     return MemoryTransformer(setting["vocabulary"], layers).to(device)
 
 
@@ -209,20 +199,24 @@ def main() -> None:
     parser.add_argument("--suffix", default=".py")
     parser.add_argument("--without", help="leave out files with this in their names")
     parser.add_argument("--least", type=int, default=70_000, help="bytes of the smallest document")
+    parser.add_argument("--join", action="store_true", help="the files of a folder are one document")
+    parser.add_argument("--test", type=int, help="tokens of each document tested on")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--keys", choices=("before", "own"), default="before", help="what keys are made of")
-    parser.add_argument("--start", choices=("equal", "apart"), default="equal", help="projections of queries and keys")
+    parser.add_argument("--projections", choices=("equal", "apart"), default="equal", help="how they start")
     parser.add_argument("--scale", type=float, help="where the scales start; sqrt(head_dim) if not given")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     setting = dict(FULL if options.full else QUICK)
-    setting |= {"steps": options.steps or setting["steps"]}
-    setting |= {name: getattr(options, name) for name in ("keys", "start", "scale", "seed")}
+    setting |= {"steps": options.steps or setting["steps"], "test": options.test or setting["test"]}
+    setting |= {name: getattr(options, name) for name in ("keys", "projections", "scale", "seed")}
+    if setting["test"] > 65_536 > max(setting["memories"]):
+        setting["memories"] = [*setting["memories"], 65_536]
     device, rows = options.device, list[dict[str, Any]]()
-    chosen = options.corpus, options.suffix, options.without, options.least
-    corpus = Corpus(*chosen, setting["documents"], setting["vocabulary"])
+    corpus = Corpus(options, setting["documents"], setting["test"], setting["vocabulary"])
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}"
-    whole = {"machine": machine, "torch": torch.__version__, "corpus": options.name, "setting": setting}
+    documents = {"documents": len(corpus.texts), "tested": [len(corpus.tokens(i)) for i in range(corpus.unseen)]}
+    whole = {"machine": machine, "torch": torch.__version__, "corpus": options.name, **documents, "setting": setting}
     path = RESULTS / f"language-{options.name}{'-full' if options.full else ''}.json"
 
     def keep(name: str, memory: int | None, model: MemoryTransformer, trained: float) -> None:

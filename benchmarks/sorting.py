@@ -6,7 +6,8 @@ falling count. Every model reads the sequence segment by segment and learns on t
 sequences in the same order. A length counts the sequence, the separator and the answer, which end a segment together.
 
 The full setting trains a model for each length, as the paper does. The quick one has half the tokens to sort, and
-leads one model from short sequences to long ones, testing it at each length.
+a quarter of the paper's segments and lengths; it leads one model from short sequences to long ones, testing it at each
+length. What the memories are made of is in `models`.
 
     nox -s bench -- sorting                      # quick: one core, minutes
     nox -s bench -- sorting --full --device=cuda # the paper's sizes
@@ -33,14 +34,18 @@ from perdure.bindings.torch import (
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = {
-    "tokens": 10, "dim": 48, "heads": 2, "layers": 2, "segment": 64, "window": 64, "basis": 64, "batch": 16,
-    "rate": 3e-3, "test": 64,
-    "courses": [[(64, 400), (128, 50), (256, 50), (512, 80), (1024, 24), (2048, 12), (4096, 5)]],
+    "tokens": 10, "dim": 48, "heads": 2, "layers": 2, "segment": 256, "window": 256, "basis": 64, "contraction": 0.9,
+    "compression": 32, "rate": 3e-3, "test": 64, "k": 32, "combine": "gate", "memories": 1,
+    "courses": [[(64, 300, 16), (256, 40, 16), (512, 40, 16), (1024, 40, 8), (2048, 40, 8), (4096, 30, 8)]],
 }  # fmt: skip
 FULL = {
-    "tokens": 20, "dim": 300, "heads": 6, "layers": 3, "segment": 1024, "window": 1024, "basis": 512, "batch": 8,
-    "rate": 2e-4, "test": 800, "courses": [[(4096, 20_000)], [(8192, 20_000)], [(16_384, 20_000)]],
+    "tokens": 20, "dim": 300, "heads": 6, "layers": 3, "segment": 1024, "window": 1024, "basis": 512,
+    "contraction": 0.75, "compression": 32, "rate": 2e-4, "test": 800, "k": 32, "combine": "gate", "memories": 1,
+    "courses": [[(4096, 20_000, 8)], [(8192, 20_000, 8)], [(16_384, 20_000, 8)]],
 }  # fmt: skip
+
+
+TRIED = {"window": int, "contraction": float, "k": int, "combine": str, "memories": int}  # layers with a kNN memory
 
 
 def sequences(count: int, length: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
@@ -67,10 +72,11 @@ def by_count(drawn: torch.Tensor, tokens: int) -> torch.Tensor:
 def models(setting: dict[str, Any], length: int) -> dict[str, Callable[[], MemoryTransformer]]:
     """How each model is built; memories of fixed size take half of Transformer-XL's window.
 
-    The compressive one pools: a mean of 16 states needs no training to tell how often a token came.
+    The compressive one pools: a mean of states needs no training to tell how often a token came. The signals contract
+    slowly, so that the first of 16 segments has not shrunk to nothing beside the last.
     """
     common = {name: setting[name] for name in ("dim", "heads", "segment", "window")}
-    signal = {"basis": setting["basis"], "samples": setting["basis"], "contraction": 0.75}
+    signal = {"basis": setting["basis"], "samples": setting["basis"], "contraction": setting["contraction"]}
     half = setting["window"] // 2
 
     def build(*kinds: Callable[[], Any]) -> Callable[[], MemoryTransformer]:
@@ -80,13 +86,16 @@ def models(setting: dict[str, Any], length: int) -> dict[str, Callable[[], Memor
         return TransformerXLAttention(**common)
 
     def compressive() -> Any:
-        return CompressiveAttention(**{**common, "window": half}, compressed=half, rate=16, method="mean")
+        return CompressiveAttention(
+            **{**common, "window": half}, compressed=half, rate=setting["compression"], method="mean"
+        )
 
     def infinite(sticky: bool) -> Callable[[], Any]:
         return lambda: ContinuousAttention(**{**common, "window": half}, **signal, sticky=sticky)
 
     def memorizing() -> Any:
-        return MemorizingAttention(**common, capacity=length, k=32, positions="t5")
+        looking = {"k": setting["k"], "combine": setting["combine"], "overlap": setting["combine"] == "gate"}
+        return MemorizingAttention(**common, capacity=length, **looking, positions="t5")
 
     layers = setting["layers"]
     return {
@@ -94,13 +103,13 @@ def models(setting: dict[str, Any], length: int) -> dict[str, Callable[[], Memor
         "Compressive": build(*[compressive] * layers),
         "∞-former": build(*[infinite(False)] * layers),
         "∞-former, sticky": build(*[infinite(True)] * layers),
-        "Memorizing": build(*[xl] * (layers - 1), memorizing),
+        "Memorizing": build(*[xl] * (layers - setting["memories"]), *[memorizing] * setting["memories"]),
     }
 
 
 def answer(model: MemoryTransformer, batch: torch.Tensor, setting: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores (rows, tokens, vocabulary) of the answer, and what memory's regularisers ask."""
-    memory, read = None, batch.shape[1] - setting["segment"]
+    memory, read = None, max(batch.shape[1] - setting["segment"], 0)
     if read:
         with torch.no_grad():  # no gradient crosses a segment, and the answer lies in the last
             _, memory = model(batch[:, :read])
@@ -109,17 +118,17 @@ def answer(model: MemoryTransformer, batch: torch.Tensor, setting: dict[str, Any
     return logits[:, -setting["tokens"] :], sum(extra, logits.new_zeros(()))
 
 
-def train(model: MemoryTransformer, course: list[tuple[int, int]], setting: dict[str, Any], device: str) -> Any:
+def train(model: MemoryTransformer, course: list[tuple[int, int, int]], setting: dict[str, Any], device: str) -> Any:
     """Train from length to length on fresh sequences; after each, yield the test."""
     optimizer = torch.optim.Adam(model.parameters(), lr=setting["rate"])
     generator, tokens = torch.Generator().manual_seed(0), setting["tokens"]
-    taken, steps = 0, sum(steps for _, steps in course)
-    for length, more in course:
+    taken, steps = 0, sum(steps for _, steps, _ in course)
+    for length, more, rows in course:
         begin, losses = time.perf_counter(), []
         for _ in range(more):
             for group in optimizer.param_groups:  # a short rise, then a fall
                 group["lr"] = setting["rate"] * min((taken + 1) / 20, (1.05 - taken / steps) ** 0.5)
-            batch = sequences(setting["batch"], length, tokens, generator).to(device)
+            batch = sequences(rows, length, tokens, generator).to(device)
             logits, extra = answer(model, batch, setting)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, -tokens:].flatten())
             optimizer.zero_grad()
@@ -177,10 +186,15 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", help="a part of the names of the models to train; then nothing is kept")
+    parser.add_argument("--longest", type=int, default=1 << 20, help="leave out longer sequences")
+    for name, kind in TRIED.items():
+        parser.add_argument(f"--{name}", type=kind, help="in place of the setting's")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    setting = FULL if options.full else QUICK
-    lengths = [length for course in setting["courses"] for length, _ in course]
+    setting = dict(FULL if options.full else QUICK)
+    setting |= {name: given for name in TRIED if (given := getattr(options, name)) is not None}
+    setting["courses"] = [[c for c in course if c[0] <= options.longest] for course in setting["courses"]]
+    lengths = [length for course in setting["courses"] for length, _, _ in course]
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {options.device}"
     whole = {"machine": machine, "torch": torch.__version__, "seed": options.seed, "setting": setting}
     results: dict[str, dict[str, Any]] = {}

@@ -172,12 +172,15 @@ def merge(*readings: Reading) -> Reading:
     Returns
     -------
     Reading
-        Zeros and -inf where every reading was empty. `neighbours` are those of the first that has any.
+        Zeros and -inf where every reading was empty. `neighbours` are those of the first that has any. Where an lse is
+        -inf the output may be anything, NaN included, as some attention leaves it.
 
     Raises
     ------
     ArgumentError, ShapeError, FrameworkError
         No reading at all, or readings that do not fit together.
+    NonFiniteError
+        An lse of NaN or infinity, or an output that is not finite where something was read; in main memory only.
 
     Notes
     -----
@@ -196,6 +199,8 @@ def merge(*readings: Reading) -> Reading:
     if len(readings) == 1:
         return readings[0]
     output, lse = merged(*(part for reading in readings for part in (reading.output, reading.lse)))
+    lses = {f"readings[{i}].lse": blanked(r.lse, r.lse != -math.inf) for i, r in enumerate(readings)}
+    checks.outcome(output, **lses, **{f"readings[{i}].output": r.output for i, r in enumerate(readings)})
     return Reading(output, lse, neighbours)
 
 
@@ -204,11 +209,10 @@ def merged(*parts: Any) -> tuple[Any, Any]:
     """output = Σ e^lse_i output_i / Σ e^lse_i, given output_1, lse_1, output_2, lse_2, ..."""
     xp = namespace(parts[0])
     lses = xp.stack(parts[1::2], axis=-1)  # (..., q, readings)
-    weights, lse = masked_softmax(lses, lses > -math.inf)
-    output = weights[..., :1] * parts[0]
-    for i, other in enumerate(parts[2::2], start=1):
-        output = output + weights[..., i : i + 1] * other
-    return output, lse
+    read = lses != -math.inf
+    weights, lse = masked_softmax(lses, read)
+    outputs = [weights[..., i, None] * blanked(part, read[..., i, None]) for i, part in enumerate(parts[::2])]
+    return sum(outputs[1:], outputs[0]), lse
 
 
 def gate(memory_output: Any, local_output: Any, bias: Any) -> Any:
@@ -253,5 +257,6 @@ def gated(local: Any, memory: Any, lse: Any, bias: Any) -> Any:
     xp = namespace(local)
     share = ((1 + xp.tanh(bias / 2)) / 2)[:, None, None]  # (heads, 1, 1); the sigmoid without an overflow
     if lse is not None:
-        share = xp.where((lse > -math.inf)[..., None], share, xp.zeros_like(share))
+        read = lse > -math.inf
+        share, memory = xp.where(read[..., None], share, xp.zeros_like(share)), blanked(memory, read[..., None])
     return share * memory + (1 - share) * local

@@ -29,14 +29,16 @@ def frequencies(like: Any, dim: int, base: float) -> Any:
 def rotate(vectors: Any, positions: Any, base: float = 10000.0) -> Any:
     """Rotary positions: the pairs (i, i + d/2) of `vectors` (..., n, d) turned by positions (..., n) x frequency.
 
+    Computed in at least float32. Only differences of positions matter, and small ones are the more accurate: count them
+    from somewhere near.
     Source: RoFormer (arXiv 2104.09864), equation 34, in the half-split layout of Llama.
     """
-    xp = namespace(vectors)
-    half = vectors.shape[-1] // 2
+    xp, narrow = namespace(vectors), vectors.dtype
+    half, vectors = vectors.shape[-1] // 2, cast(vectors, computing_dtype(vectors))
     angles = cast(positions, vectors.dtype)[..., None] * frequencies(vectors, vectors.shape[-1], base)
     cos, sin = xp.cos(angles), xp.sin(angles)
     first, second = vectors[..., :half], vectors[..., half:]
-    return xp.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return cast(xp.concat([first * cos - second * sin, second * cos + first * sin], axis=-1), narrow)
 
 
 def relative_scores(queries: Any, embeddings: Any, distances: Any) -> Any:

@@ -136,6 +136,10 @@ class KNNMemory(Retrieving, Savable):
         self.space, self.dtype = checks.choice("space", space, SPACES), checks.choice("dtype", dtype, DTYPES)
         self.index = checks.choice("index", index, INDEXES)
         self.max_norm = None if max_norm is None else checks.positive("max_norm", max_norm)
+        tiny, largest = float(np.finfo(self.computing).tiny), float(np.finfo(self.computing).max)
+        if self.max_norm is not None and not tiny <= self.max_norm <= largest:
+            expected = f"a norm from {tiny:.3g} to {largest:.3g}, the range of {self.computing}"
+            raise ArgumentError("max_norm", expected, repr(max_norm), "Leave it out, or pass max_norm=1.0.")
         self.target_recall, self.seed = checks.positive("target_recall", target_recall), checks.count("seed", seed, 0)
         if self.target_recall > 1:
             raise ArgumentError("target_recall", "at most 1", repr(target_recall), "Pass target_recall=0.95.")
@@ -203,9 +207,9 @@ class KNNMemory(Retrieving, Savable):
         tokens = (len(chosen), keys.shape[2])
         with self._place.watched():
             parts = self._encoded(self._numbers(keys), self._numbers(values))
-        present = np.ones(tokens, bool) if mask is None else token_array("mask", mask, tokens, "bool")
+        present = None if mask is None else token_array("mask", mask, tokens, "bool")
         if tags is not None:
-            tags = np.full(tokens, tags) if isinstance(tags, int) else tags
+            tags = np.full(tokens, tags) if isinstance(tags, int | np.integer) else tags
             tags = token_array("tags", tags, tokens, "integral")
             if tags.dtype == np.uint64:
                 checks.within("tags", tags, 0, np.iinfo(np.int64).max)
@@ -213,12 +217,13 @@ class KNNMemory(Retrieving, Savable):
         with self._lock.writing:
             prepared = []
             for i, row in enumerate(chosen):  # whatever fails, fails here, where no row has changed
-                own = {name: part[i, ...] for name, part in parts.items()}
-                kept = np.flatnonzero(present[i])
+                own, own_tags = {name: part[i, ...] for name, part in parts.items()}, None if tags is None else tags[i]
                 with self._place.watched():
-                    if kept.size < present.shape[1]:
+                    if present is not None and not present[i].all():
+                        kept = np.flatnonzero(present[i])
                         own = {name: namespace(a).take(a, like(kept, a), axis=1) for name, a in own.items()}
-                    prepared.append(self._rows[row].prepare(own, None if tags is None else tags[i][kept]))
+                        own_tags = None if own_tags is None else own_tags[kept]
+                    prepared.append(self._rows[row].prepare(own, own_tags))
             for row, ready in zip(chosen, prepared, strict=True):
                 self._rows[row].accept(ready)
 
@@ -226,6 +231,8 @@ class KNNMemory(Retrieving, Savable):
         """Keys and values as they are stored, checked before, and where the dtype may overflow, after."""
         checks.measurable(keys=keys)
         checks.finite(values=values)
+        if self.index == "hnsw" and self.dtype == "float64":  # graphs are made in float32
+            checks.measurable(keys=storage.cast_silently(keys, np.float32))
         if self.max_norm is not None:
             xp = namespace(keys)
             norms = xp.sqrt(xp.sum(keys * keys, axis=-1, keepdims=True))

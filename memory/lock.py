@@ -41,7 +41,8 @@ class ReadWriteLock:
 
     Who comes first is served first, so readers that keep coming do not starve a writer. After a fork the child's copy
     is free again, unless a write was under way in another thread of the parent: what it wrote is then half there, and
-    every use in the child raises ForkError. Copying or pickling gives a new lock. Cost: under a microsecond.
+    every use in the child raises ForkError. So it is with an index that another thread was bringing up to date.
+    Copying or pickling gives a new lock. Cost: under a microsecond.
     """
 
     def __init__(self) -> None:
@@ -63,8 +64,8 @@ class ReadWriteLock:
             if self._torn:
                 raise ForkError(
                     "memory",
-                    "no write under way when the process forked",
-                    "a memory that another thread was writing",
+                    "no write, and no index being made, when the process forked",
+                    "a memory that another thread was changing",
                     "Fork first and open the memory in the child, or start processes with the 'spawn' method.",
                 )
             self._free()

@@ -162,6 +162,7 @@ class Retrieving:
         def read(row: Any, numbers: Any) -> tuple[Any, ...]:
             scores, positions = row.search(numbers, k)
             output, lse = row.attend(numbers, positions, scale)
+            checks.outcome(output, queries=numbers)
             return output, lse, scores, positions, row.tags_at(positions)
 
         found = self._of_rows(read, queries, rows, k)

@@ -76,22 +76,35 @@ class Row:
         return decode(*self.part(name, where))
 
     def reserve(self, tokens: int, tagged: bool) -> None:
-        """Allocate for `tokens` more; all that can fail in a write fails here, before anything has changed."""
-        if tagged and "tags" not in self.arrays:
-            self.arrays = {**self.arrays, "tags": np.full((1, self.slots), -1, np.int64)}
+        """Allocate for `tokens` more."""
+        self.arrays = self.grown(tokens, tagged)
+
+    def grown(self, tokens: int, tagged: bool) -> dict[str, np.ndarray]:
+        """The arrays with room for `tokens` more, and for their tags; the row's own where these have it."""
+        arrays = self.arrays
+        if tagged and "tags" not in arrays:
+            arrays = {**arrays, "tags": np.full((1, self.slots), -1, np.int64)}
         needed = min(self.written + tokens, self.capacity)
         if needed <= self.slots:
-            return
+            return arrays
         slots = min(max(needed, 2 * self.slots, SMALLEST), self.capacity)
-        grown = {name: np.empty((a.shape[0], slots, *a.shape[2:]), a.dtype) for name, a in self.arrays.items()}
-        for name, array in self.arrays.items():
-            grown[name][:, : self.stored] = array[:, : self.stored]
-        self.arrays = grown
+        made = {name: np.empty((a.shape[0], slots, *a.shape[2:]), a.dtype) for name, a in arrays.items()}
+        for name, array in arrays.items():
+            made[name][:, : self.stored] = array[:, : self.stored]
+        return made
 
     def write(self, parts: dict[str, np.ndarray], tags: np.ndarray | None) -> None:
         """Append `parts` (heads, n, ...), encoded, and tags (n,), of which the newest `capacity` stay."""
+        self.accept(self.prepare(parts, tags))
+
+    def prepare(self, parts: dict[str, np.ndarray], tags: np.ndarray | None) -> tuple[Any, ...]:
+        """All of a `write` that can fail, while the row stays as it is; `accept` takes what it returns."""
+        return self.grown(parts["keys"].shape[1], tags is not None), parts, tags
+
+    def accept(self, prepared: tuple[Any, ...]) -> None:
+        """The write that was prepared."""
+        self.arrays, parts, tags = prepared
         n = parts["keys"].shape[1]
-        self.reserve(n, tags is not None)
         kept = min(n, self.capacity)
         if "tags" in self.arrays:
             parts = {**parts, "tags": np.full((1, n), -1) if tags is None else tags[None]}
@@ -102,15 +115,6 @@ class Row:
                 self.arrays[name][:, first : first + some] = part[:, done : done + some]
             done, first = done + some, 0
         self.written += n
-
-    def prepare(self, parts: dict[str, np.ndarray], tags: np.ndarray | None) -> tuple[Any, ...]:
-        """All of a `write` that can fail; `accept` takes what it returns."""
-        self.reserve(parts["keys"].shape[1], tags is not None)
-        return parts, tags
-
-    def accept(self, prepared: tuple[Any, ...]) -> None:
-        """The write that was prepared."""
-        self.write(*prepared)
 
     def saved(self) -> dict[str, np.ndarray]:
         """The arrays, (heads, stored, ...): all there is to a row but what it has written and its index."""

@@ -28,6 +28,8 @@ def encode(name: str, numbers: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     bfloat16 is the upper half of float32, rounded to nearest, ties to even. int8 is a whole number from -127 to 127
     times a scale a vector, the largest magnitude over 127.
     """
+    if numbers.dtype == RAW[dtype]:
+        return {name: numbers}
     with np.errstate(over="ignore"):
         numbers = numbers.astype(computing(dtype), copy=False)
         if dtype == "bfloat16":
@@ -46,6 +48,8 @@ def encode(name: str, numbers: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
 
 def cast_silently(array: np.ndarray, dtype: Any) -> np.ndarray:
     """`array` in `dtype`; what does not fit becomes infinite, silently, for the finite check to find."""
+    if array.dtype == dtype:
+        return array
     with np.errstate(over="ignore"):
         return array.astype(dtype, copy=False)
 

@@ -192,6 +192,24 @@ def test_what_attend_rejects(change, argument, error):
     assert caught.value.argument == argument
 
 
+@pytest.mark.parametrize("framework", [np.asarray, torch.tensor])
+def test_what_an_empty_reading_holds_does_not_count(framework):
+    output, lse = framework([[2.0, 3.0]]), framework([0.0])
+    nothing = perdure.Reading(framework([[np.nan, np.inf]]), framework([-np.inf]))
+    for readings in ((perdure.Reading(output, lse), nothing), (nothing, perdure.Reading(output, lse))):
+        both = perdure.merge(*readings)
+        np.testing.assert_array_equal(np.asarray(both.output), [[2, 3]])
+        np.testing.assert_array_equal(np.asarray(both.lse), [0])
+    empty = perdure.merge(nothing, nothing)
+    np.testing.assert_array_equal(np.asarray(empty.output), [[0, 0]])
+    local = framework([[[5.0, 6.0]]])
+    mixed = perdure.gate(perdure.Reading(nothing.output[None], nothing.lse[None]), local, framework([0.0]))
+    np.testing.assert_array_equal(np.asarray(mixed), np.asarray(local))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(perdure.NonFiniteError, match=r"readings\[1\].lse"):
+            perdure.merge(perdure.Reading(output, lse), perdure.Reading(output, framework([bad])))
+
+
 def test_what_merge_and_gate_reject():
     reading = perdure.attend(np.ones((2, 3)), np.ones((5, 3)), np.ones((5, 2)))
     with pytest.raises(perdure.ArgumentError, match="readings"):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from unittest import mock
 
 import numpy as np
 import pytest
 import strategies
+import threadpoolctl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import config, njit
 from perdure.backends.numba import code_tile, coded, machine, panels, shortlist, threads, tile
 from perdure.backends.numba import codes as codes_module
+from perdure.memory.indexes import ivf
 
 import perdure
 
@@ -111,8 +114,7 @@ def test_the_compiled_tile_of_codes_is_the_plain_one(rng, shape):
     keys[wide], queries[size] = 1, 1  # the largest sums there can be
     key_codes = coded.empty_codes(slots, d)
     codes_module.encode_keys(keys, np.arange(slots), np.zeros(d), *key_codes)
-    with mock.patch.multiple(coded, ONE=shape, FEW=shape, MANY=shape):
-        asked, _ = coded.encoded(queries)
+    asked, _ = coded.encoded(queries, size)
     for bound in (-np.inf, 1e4, np.inf):
         outcomes = []
         for function in (run, plain):
@@ -142,7 +144,7 @@ def test_codes_bound_every_score(data):
     made.write(keys[None], None, 0)
     if data.draw(st.booleans()):
         made.settle_down(keys[None])  # around their mean
-    asked, bounds = coded.encoded(queries)
+    asked, bounds = coded.encoded(queries, coded.SIZES[-1])
     size = asked[0].shape[2] // 4
     exact = chain(queries, keys, "ip") - (queries.astype(np.float64) @ made.centres[0])[:, None]
     ends = code_tile.plain_code_tile(1, size)
@@ -217,7 +219,7 @@ def test_a_memory_finds_what_its_stream_holds(fewest, data):
 
 def finds_what_its_stream_holds(data):
     d, k = data.draw(st.sampled_from((1, 4, 17))), data.draw(st.sampled_from((1, 4, 40)))
-    large = 70 if config.DISABLE_JIT else max(coded.SAMPLED.values()) * tile.lanes(np.float32) * tile.ONE[0]
+    large = 70 if config.DISABLE_JIT else max(coded.SAMPLED) * tile.lanes(np.float32) * tile.ONE[0]
     capacity = data.draw(st.sampled_from((1, 50, 64, large, large + 37)))
     space = data.draw(st.sampled_from(("ip", "l2")))
     memory = perdure.KNNMemory(1, 1, d, capacity, space=space)
@@ -370,3 +372,43 @@ def test_panels_start_on_cache_lines():
     made = panels.empty_panels(5, 3, np.float32, np.float32)
     assert made.ctypes.data % 64 == 0
     assert made.shape[0] % tile.ONE[0] == 0
+
+
+@pytest.mark.parametrize("index", ["exact", "ivf"])
+def test_keys_too_alike_for_codes_are_told_apart_by_their_cosine(rng, monkeypatch, index):
+    """What codes give up on is scored as all else is, so that the same query has the same neighbours twice."""
+    monkeypatch.setattr(coded, "FEWEST", 0)
+    monkeypatch.setattr(ivf, "FIRST", 256)
+    one = np.repeat(rng.standard_normal((1, 32)), 6000, 0)
+    keys = (one * (1 + rng.integers(-2, 3, one.shape) * 2.0**-23)).astype(np.float32)[None, None]
+    queries = rng.standard_normal((1, 1, 4, 32)).astype(np.float32)
+    memory = perdure.KNNMemory(1, 1, 32, 6000, space="cosine", index=index, target_recall=1.0)
+    memory.write(keys, keys)
+    expected = perdure.top_k(queries, keys, 8, "cosine")
+    for _ in range(2):
+        near = memory.search(queries, 8)
+        np.testing.assert_array_equal(near.scores, expected.scores)
+        np.testing.assert_array_equal(near.positions, expected.positions)
+
+
+def test_a_limit_of_threadpoolctl_holds_here(rng, monkeypatch):
+    """No more threads work at once than it allows, and before and after as many as NUMBA_NUM_THREADS says."""
+    monkeypatch.setattr(config, "NUMBA_NUM_THREADS", 4)
+    monkeypatch.setattr(threads, "_pool", None)
+    inside, most = [], []
+
+    def work(i):
+        inside.append(i)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.remove(i)
+        return 2 * i
+
+    tasks = [(i,) for i in range(12)]
+    for limit in (4, 1, 2, 9):
+        most.clear()
+        with threadpoolctl.threadpool_limits(limit):
+            assert threads.limit() == min(limit, 4)
+            assert threads.in_parallel(work, tasks) == [2 * i for i in range(12)]
+        assert max(most) <= limit
+    assert threads.limit() == 4

@@ -96,7 +96,7 @@ def test_altered_states_of_indexes_are_refused(small, rng, index):
     assert learned
     for name in learned:
         for bad in (np.full_like(state[name], -5), state[name][..., :0]):
-            if name.endswith(("audit", "centroids")) and bad.shape == state[name].shape:
+            if name.endswith(("audit", "centroids", "waiting")) and bad.shape == state[name].shape:
                 continue  # any numbers will do
             with pytest.raises(perdure.ArgumentError):
                 perdure.KNNMemory.from_state_dict({**state, name: bad})
@@ -396,3 +396,58 @@ def test_candidates_that_codes_cannot_tell_apart_are_cut(small, rng, monkeypatch
     positions = near["ivf"].positions[0, 0]
     assert all(len(set(some)) == 5 and min(some) >= 0 for some in positions)
     np.testing.assert_array_equal(np.take_along_axis(scores, positions, -1), near["ivf"].scores[0, 0])
+
+
+def test_one_graph_over_many_segments_gives_as_many_as_it_holds(small, rng):
+    memory = perdure.KNNMemory(1, 1, 8, 1024, index="hnsw")
+    keys = clustered(rng, 1024)[None, None]
+    memory.write(keys, keys)
+    assert memory._rows[0].index.segment < 300
+    assert (memory.search(keys[:, :, :3], 300).positions >= 0).all()
+
+
+def test_a_refused_graph_stays_refused_when_saved(small, rng):
+    memory, _ = filled("auto", rng, costs={"walked": 1e-6, "built": 1e-6})
+    queries = clustered(rng, 4)[None, None]
+    for _ in range(4):
+        memory.search(queries, 5)
+    index = memory._rows[0].index
+    assert index.name == "hnsw"
+    index.index.audit.warned = True
+    for _ in range(2):
+        memory.search(queries, 5)
+    assert index.name != "hnsw"
+    again = copy.deepcopy(memory)
+    for _ in range(4):
+        again.search(queries, 5)
+    assert again._rows[0].index.name != "hnsw"
+
+
+def test_more_lists_are_searched_as_the_stream_becomes_harder(small, rng, monkeypatch):
+    """Long after the first queries, audits go on with the stream: what they found of keys that have left fades."""
+    monkeypatch.setattr(audit, "EARLY", 256)
+    memory = perdure.KNNMemory(1, 1, 8, 4000, index="ivf")
+    easy = clustered(rng, 4000, clusters=40)[None, None]
+    memory.write(easy, easy)
+    for _ in range(60):
+        memory.search(clustered(rng, 32, clusters=40)[None, None], 8)
+    before = memory._rows[0].index.probes
+    for _ in range(48):  # three turnovers
+        segment = rng.standard_normal((1, 1, 250, 8)).astype(np.float32)
+        memory.write(segment, segment)
+        memory.search(rng.standard_normal((1, 1, 16, 8)).astype(np.float32), 8)
+    assert memory._rows[0].index.probes > before
+    memory._rows[0].index.audit.queries = -(1 << 20)  # no audits now
+    assert memory.recall(rng.standard_normal((1, 1, 500, 8)).astype(np.float32), 8) >= 0.95
+
+
+def test_what_graphs_cannot_hold_is_refused(small, rng):
+    """They are made in float32, whatever is stored."""
+    memory, keys = filled("hnsw", rng, dtype="float64")
+    memory.search(keys[:, :, :3], 2)
+    before = memory.written
+    with pytest.raises(perdure.NonFiniteError, match="keys"):
+        memory.write(1e150 * keys.astype(np.float64), keys.astype(np.float64))
+    assert memory.written == before
+    with pytest.raises(perdure.NonFiniteError, match="queries"):
+        memory.search(1e150 * keys.astype(np.float64), 2)

@@ -267,3 +267,40 @@ def test_bucketed_selection_is_the_best_of_every_bucket_of_slots(data):
 def test_bucketed_selection_looks_at_every_key():
     with pytest.raises(perdure.ArgumentError, match="selection"):
         make(selection="bucketed", index="ivf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_large_values_are_averaged_and_products_out_of_range_told(dtype):
+    most = float(np.finfo(dtype).max)
+    memory = make(rows=1, heads=1, dtype=dtype)
+    ones = np.ones((1, 1, 6, 4), dtype)
+    memory.write(ones, 0.7 * most * ones)
+    np.testing.assert_allclose(memory.read(ones[:, :, :2], k=6).output, 0.7 * most, rtol=1e-5)
+    memory.write(10 * ones[:, :, :3], ones[:, :, :3])
+    with pytest.raises(perdure.NonFiniteError, match="queries"):
+        memory.read(10 * ones, k=3, scale=most / 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8"])
+def test_norms_out_of_range_are_refused(dtype):
+    for bad in (1e300, 1e-50) if dtype != "float64" else (1e-310,):
+        with pytest.raises(perdure.ArgumentError, match="max_norm"):
+            make(dtype=dtype, max_norm=bad)
+
+
+def test_a_tagged_write_that_fails_in_its_second_row_leaves_the_first_untagged(rng, monkeypatch):
+    memory = make()
+    keys, values = segment(rng)
+    memory.write(keys, values)
+    before = fingerprint(memory)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(memory._rows[1], "grown", fail)
+    with pytest.raises(MemoryError):
+        memory.write(keys, values, tags=np.int64(3))
+    assert fingerprint(memory) == before
+    monkeypatch.undo()
+    memory.write(keys, values, tags=np.int64(3))
+    assert memory.search(keys, k=1).tags.max() == 3

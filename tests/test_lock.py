@@ -155,3 +155,28 @@ def test_a_memory_is_a_copy_of_its_own_in_a_child():
 
     assert child(use) == "[4]"
     assert memory.tokens.tolist() == [3]
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("index", ["exact", "ivf"])
+def test_a_fork_while_another_thread_brings_an_index_up_to_date(index):
+    """The child is told; it does not wait for a thread that it does not have."""
+    import numpy as np
+
+    memory = perdure.KNNMemory(rows=1, heads=1, dim=2, capacity=4, index=index)
+    ones = np.ones((1, 1, 3, 2))
+    memory.write(ones, ones)
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with memory._rows[0].index.lock:
+            inside.set()
+            leave.wait()
+
+    thread = started(stay)
+    inside.wait()
+    assert child(lambda: memory.search(ones, 1)) == "ForkError"
+    leave.set()
+    thread.join()
+    assert memory.search(ones, 1).positions.max() == 2

@@ -69,6 +69,12 @@ def test_rotation_turns_scores_into_functions_of_distance(xp, rng):
     np.testing.assert_allclose(np.asarray(rotate(q, xp(np.array([0])))), np.asarray(q))
 
 
+def test_rotation_of_half_precision_is_rounded_once():
+    q = torch.randn(8, 6, dtype=torch.float64).bfloat16()
+    far = torch.full((8,), 4097)  # which bfloat16 cannot hold
+    torch.testing.assert_close(rotate(q, far), rotate(q.double(), far).bfloat16())
+
+
 @on_both
 def test_sinusoids_are_sines_then_cosines(xp):
     made = np.asarray(sinusoids(xp(np.array([0.0, 2.0])), 4))

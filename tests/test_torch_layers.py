@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from perdure.bindings.torch import (
 from torch.utils.checkpoint import checkpoint
 from torch_layers import BUILD, DIM, HEADS, SEGMENT, build, run, tokens
 
-from perdure import ArgumentError, DTypeError, FrameworkError, ShapeError
+from perdure import ArgumentError, DTypeError, FrameworkError, NonFiniteError, ShapeError, gaussian_basis
 
 every_layer = pytest.mark.parametrize("name", BUILD)
 LONG = 5 * SEGMENT + 2
@@ -278,6 +279,40 @@ def test_a_saved_memory_continues_bit_by_bit(name, tmp_path):
 
 
 @every_layer
+def test_a_pickled_memory_goes_its_own_way(name):
+    layer, x, following = build(name), tokens(2, LONG), tokens(2, LONG, seed=3)
+    _, memory = run(layer, x)
+    copied = pickle.loads(pickle.dumps(memory))
+    expected = layer(following, memory)[0]
+    run(layer, tokens(2, LONG, seed=4), memory=layer.memory(2))
+    close(layer(following, copied)[0], expected, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILD if name.startswith(("compressive", "continuous"))])
+def test_losses_depend_on_the_tokens_read_and_not_on_cuts_or_padding(name):
+    layer, n = build(name), 3 * SEGMENT
+    x, padding = tokens(2, n), 2 * SEGMENT + 1
+    before, x = layer(x)[1], tokens(2, n, seed=2)
+    expected = layer(x, before)[1].loss
+    if expected is None:
+        assert not list(getattr(layer, "compressor", []))
+        return
+    mask = (torch.arange(padding + n) >= padding).expand(2, -1)
+    padded = torch.cat([torch.zeros(2, padding, DIM, dtype=x.dtype), x], dim=1)
+    close(layer(padded, before, mask=mask)[1].loss, expected)
+    apart, column = padded.new_zeros(2, 2 * n, DIM), torch.arange(n)
+    apart[0, 2 * column], apart[1, 2 * column + 1] = x[0], x[1]  # the rows by turns
+    mask = torch.stack([torch.arange(2 * n) % 2 == 0, torch.arange(2 * n) % 2 == 1])
+    close(layer(apart, before, mask=mask)[1].loss, expected)
+    losses, memory = [], before
+    for token in x.split(1, dim=1):
+        _, memory = layer(token, memory)
+        losses.append(memory.loss)
+    losses = [loss for loss in losses if loss is not None]
+    close(sum(losses) / len(losses), expected)
+
+
+@every_layer
 def test_a_layer_holds_parameters_only(name):
     layer = build(name)
     run(layer, tokens(2, LONG))
@@ -355,7 +390,7 @@ def test_wrong_arguments_are_named(name):
         (ShapeError, "memory", lambda: layer(x[:1], memory)),
         (ShapeError, "memory", lambda: other(x, memory)),
         (FrameworkError, "x", lambda: layer(x.to("meta"), memory)),
-        (FrameworkError, "memory", lambda: memory.fits(x.to("meta"), layer._shapes())),
+        (FrameworkError, "memory", lambda: memory.fits(x.to("meta"), layer.settings, layer._shapes())),
         (ShapeError, "start", lambda: layer(x, memory, start=torch.tensor([True]))),
         (DTypeError, "start", lambda: layer(x, memory, start=torch.tensor([1, 0]))),
         (ShapeError, "mask", lambda: layer(x, memory, mask=torch.ones(2, 4, 4, dtype=torch.bool))),
@@ -367,6 +402,64 @@ def test_wrong_arguments_are_named(name):
             call()
         assert caught.value.argument.startswith(argument)
     torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "other", "said"),
+    [
+        (MemorizingAttention, {"segment": 6, "window": 4}, {"segment": 4, "window": 6}, "segment=4, window=6"),
+        (MemorizingAttention, {"window": 4, "overlap": True}, {"window": 4, "overlap": False}, "overlap=False"),
+        (MemorizingAttention, {"capacity": 20}, {"capacity": 40}, "capacity=40"),
+        (MemorizingAttention, {"dtype": "float16"}, {"dtype": "float32"}, "dtype='float32'"),
+        (TransformerXLAttention, {"segment": 6, "window": 8}, {"segment": 8, "window": 6}, "window=6"),
+        (CompressiveAttention, {"segment": 6, "window": 12}, {"segment": 12, "window": 6}, "segment=12"),
+        (CompressiveAttention, {"rate": 2}, {"rate": 3}, "rate=3"),
+        (CompressiveAttention, {"method": "mean"}, {"method": "max"}, "method='max'"),
+        (ContinuousAttention, {"window": 1}, {"window": 1, "basis": gaussian_basis(16, [0.1])}, "basis="),
+    ],
+)
+def test_the_memory_of_a_layer_of_other_settings_is_refused(kind, one, other, said):
+    usual = {
+        MemorizingAttention: {"capacity": 20, "segment": SEGMENT},
+        TransformerXLAttention: {},
+        CompressiveAttention: {"segment": SEGMENT, "window": SEGMENT, "compressed": 4, "rate": 2},
+        ContinuousAttention: {"segment": SEGMENT, "basis": 16, "samples": 12},
+    }[kind]
+    one, other = (kind(DIM, HEADS, **{**usual, **options}) for options in (one, other))
+    x = tokens(2, 4).float()
+    _, memory = one(x)
+    with pytest.raises(ArgumentError, match=said) as caught:
+        other(x, memory)
+    assert caught.value.argument == "memory"
+    with pytest.raises(ArgumentError):
+        type(memory).join([memory, other(x)[1]])
+
+
+@every_layer
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_refused_before_anything_is_remembered(name, bad):
+    layer, x = build(name), tokens(2, LONG)
+    _, memory = run(layer, x, (2, 4))
+    expected, _ = layer(x, copy.deepcopy(memory))
+    spoilt = x.clone()
+    spoilt[1, 3 * SEGMENT] = bad
+    with pytest.raises(NonFiniteError, match="x"):
+        layer(spoilt, memory)
+    close(layer(x, memory)[0], expected, 0)
+
+
+@every_layer
+def test_nothing_of_an_old_document_reaches_the_one_that_starts(name):
+    layer, x = build(name), tokens(2, 2 * SEGMENT + 1)
+    _, memory = layer(x)
+    spoilt = {  # what a GPU, which nobody waits for, may have let in
+        key: tensor.index_fill(0, torch.tensor([0]), torch.nan)
+        for key, tensor in memory.tensors().items()
+        if tensor.is_floating_point()
+    }
+    start = torch.tensor([True, False])
+    output, _ = layer(x, memory.following(**spoilt), start)
+    close(output[:1], layer(x[:1])[0])
 
 
 MISFIT = {  # layers whose memory does not fit the ones under test

@@ -139,6 +139,19 @@ def test_what_is_announced_reaches_every_layer_once():
     assert scope.states["first"].position.tolist() == [3 * SEGMENT, 4 * SEGMENT - 2]
 
 
+def test_a_row_that_starts_starts_once_though_a_layer_is_called_twice():
+    class Twice(Model):
+        def forward(self, x):
+            return self.first(self.first(x)[0])[0]
+
+    model, x = Twice(), calls()
+    with MemoryScope(model) as scope:
+        model(x[0])
+        scope.announce(start=torch.tensor([True, False]))
+        model(x[1])
+    assert scope.states["first"].position.tolist() == [2 * SEGMENT, 4 * SEGMENT]
+
+
 def test_gradients_are_those_of_memory_passed_along():
     model, gradients = Model(), []
     by_hand(model, calls()).square().sum().backward()

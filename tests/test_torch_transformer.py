@@ -1,5 +1,6 @@
 """MemoryTransformer, and the training loop of the documentation."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_checkpointing_trains_alike():
             logits.square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_no_layer_has_read_where_the_memory_of_a_later_one_is_refused():
+    model, x = MemoryTransformer(11, reversed([block.attention for block in build().blocks])).double(), words(2, 20)
+    _, memory = model(x)
+    expected, _ = model(x, copy.deepcopy(memory))
+    with pytest.raises(ShapeError, match="rows"):
+        model(x, (memory[0], memory[1].select([0])))
+    torch.testing.assert_close(model(x, memory)[0], expected, rtol=0, atol=0)
 
 
 def test_a_saved_memory_continues_bit_by_bit():

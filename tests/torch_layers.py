@@ -24,6 +24,9 @@ BUILD = {
     "memorizing, grouped": lambda: MemorizingAttention(
         DIM, HEADS, capacity=20, k=3, segment=SEGMENT, window=3, kv_heads=1, positions="t5", dtype="float64"
     ),
+    "memorizing, before": lambda: MemorizingAttention(
+        DIM, HEADS, capacity=20, k=3, segment=SEGMENT, window=3, keys="before", projections="equal", dtype="float64"
+    ),
     "transformer-xl": lambda: TransformerXLAttention(DIM, HEADS, segment=SEGMENT, window=8),
     "compressive": lambda: CompressiveAttention(DIM, HEADS, segment=SEGMENT, window=SEGMENT, compressed=5, rate=2),
     "compressive, used": lambda: CompressiveAttention(

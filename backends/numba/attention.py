@@ -47,17 +47,16 @@ def over_neighbours(queries, keys, values, positions, scale, start, output, lse)
                     score += queries[i, c] * keys[slot, c]
                 scores[j] = score * scale
                 top = max(top, scores[j])
-        output[i, :] = 0
         total = 0.0
         for j in range(k):
             if positions[i, j] >= 0:
+                scores[j] = np.exp(scores[j] - top)
+                total += scores[j]
+        output[i, :] = 0
+        for j in range(k):
+            if positions[i, j] >= 0:
                 slot = ring_slot(positions[i, j], start, n)
-                weight = np.exp(scores[j] - top)
-                total += weight
+                weight = queries.dtype.type(scores[j] / total)  # before the sum, which might overflow
                 for c in range(width):
                     output[i, c] += weight * values[slot, c]
-        if total > 0:
-            output[i, :] /= total
-            lse[i] = top + np.log(total)
-        else:
-            lse[i] = -np.inf
+        lse[i] = top + np.log(total) if total > 0 else -np.inf

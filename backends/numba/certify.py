@@ -12,7 +12,7 @@ from numba import config, njit
 
 from .code_tile import FEW, MANY, ONE, make_code_tile, make_highest
 from .eight import TOGETHER, chains
-from .heap import offer
+from .heap import offer, order
 from .scan import below, kth_largest
 from .tile import highest_bit, panel_counts
 from .unit import normalise
@@ -27,13 +27,14 @@ HELPLESS = -1  # the count of a query with more candidates than there is room fo
 PATIENCE = 64  # candidates at least between one look at a query's bound and the next
 
 
-def no_candidates(q: int, k: int, room: int) -> tuple[np.ndarray, ...]:
+@njit(cache=True, nogil=True)
+def no_candidates(q, k, room):
     """Room for the candidates of q queries: their places, lower and upper ends (q, room), how many there are, and at
 
     how many the bound is looked at again (q,).
     """
-    ends = np.empty((2, q, room), np.float32)
-    return np.empty((q, room), np.int64), *ends, np.zeros(q, np.int64), np.full(q, min(max(k, PATIENCE), room))
+    low, high = np.empty((q, room), np.float32), np.empty((q, room), np.float32)
+    return np.empty((q, room), np.int64), low, high, np.zeros(q, np.int64), np.full(q, min(max(k, PATIENCE), room))
 
 
 @njit(inline="always")
@@ -178,6 +179,25 @@ def settle(queries, keys, start, unit, candidates, best, best_places):
             for u in range(first, min(first + TOGETHER, counts[i])):
                 if scores[u - first] >= best[i, 0]:
                     offer(scores[u - first], places[i, u], best[i], best_places[i])
+
+
+@njit(cache=True, nogil=True)
+def best_of(queries, keys, stored, oldest, unit, positions, best, places):
+    """Fill best and places (heads, q, k) with the best of what stands at positions (heads, q, m), best first."""
+    best[:], places[:] = -np.inf, -1
+    ages, counts = np.empty(positions.shape[1:], np.int64), np.empty(positions.shape[1], np.int64)
+    for h in range(positions.shape[0]):
+        counts[:] = 0
+        for i in range(positions.shape[1]):
+            for position in positions[h, i]:
+                if position >= 0:
+                    ages[i, counts[i]] = position - oldest
+                    counts[i] += 1
+        settle(queries[h], keys[h, :stored], oldest % keys.shape[1], unit, (ages, counts), best[h], places[h])
+        order(best[h], places[h])
+        for i in range(positions.shape[1]):
+            for j in range(places.shape[2]):
+                places[h, i, j] += oldest if places[h, i, j] >= 0 else 0
 
 
 @njit(cache=True, nogil=True)

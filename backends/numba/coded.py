@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import njit
 
 from . import machine
-from .certify import HELPLESS, narrow, no_candidates, panels_a_tile, sample, settle, tighten_all
+from .certify import HELPLESS, best_of, narrow, no_candidates, panels_a_tile, sample, settle, tighten_all
 from .code_tile import FEW, MANY, ONE
 from .codes import CHUNK, PACKED, centre_of, encode_keys, encode_queries, words_for
 from .heap import order
@@ -22,7 +23,8 @@ from .unit import unit
 
 ROOM = 2048  # for candidates: scoring more of them in full costs as much as scoring all keys
 TIRED = 256  # searches for which panels take over, after one that the codes could not help
-SAMPLED = {ONE[1]: 32, FEW[1]: 16, MANY[1]: 12}  # by queries of a tile: one tile in so many is looked at beforehand
+SIZES = (ONE[1], FEW[1], MANY[1])  # queries of a tile, and ...
+SAMPLED = (32, 16, 12)  # ... one tile in so many is looked at beforehand
 
 FEWEST = 1 << 15  # slots from which codes pay: candidates of fewer keys are too large a share of them
 
@@ -125,37 +127,66 @@ class Codes:
 
         how many queries had to be searched without codes.
         """
-        coded, (stored, _), q = self.heads[head], keys.shape, queries.shape[0]
-        asked, bounds = encoded(queries)
-        scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
-        candidates = no_candidates(q, k, min(4 * k + ROOM, stored))
-        counts = candidates[3]
-        counts[bounds[:q] == np.inf] = HELPLESS
-        sampled(coded, stored, asked, k, bounds[:q])
-        for first, last, shift in ((0, start, stored - start), (start, stored, -start)):
-            if first < last:
-                narrow(coded, first, last, shift, asked, k, bounds, candidates)
-        tighten_all(k, bounds, candidates)
-        settle(queries, keys, start, self.space == "cosine", (candidates[0], counts), scores, ages)
-        order(scores, ages)
-        helpless = np.flatnonzero(counts == HELPLESS)
+        q, room = len(queries), min(4 * k + ROOM, len(keys))
+        scores, ages = np.empty((q, k), np.float32), np.empty((q, k), np.int64)
+        helpless = search_codes(self.heads[head], keys, start, self.space == "cosine", queries, room, scores, ages)
         if helpless.size:
             scores[helpless], ages[helpless] = search_rows(queries[helpless], keys, k, self.space, NOTHING, start)
         return scores, ages, helpless.size
 
 
-def sampled(
-    coded: tuple[np.ndarray, ...], stored: int, asked: tuple[np.ndarray, ...], k: int, bounds: np.ndarray
-) -> None:
-    """Raise the bounds (q,) that are not infinite to what k keys are sure to exceed, as Search.sample does."""
+@njit(cache=True, nogil=True)
+def search_codes(codes, keys, start, unit, queries, room, scores, ages):
+    """Fill scores and ages (q, k), best first, with the best of keys (stored, d), a ring whose oldest is at `start`.
+
+    Returns the queries for which that could not be done: with more candidates than there is `room` for.
+    """
+    (q, k), stored = scores.shape, keys.shape[0]
+    asked, bounds = encoded(queries, SIZES[0] if q <= SIZES[0] else SIZES[1] if q <= SIZES[1] else SIZES[2])
+    candidates = no_candidates(q, k, room)
+    counts = candidates[3]
+    for i in range(q):
+        counts[i] = HELPLESS if bounds[i] == np.inf else 0
+    sampled(codes, stored, asked, k, bounds[:q])
+    for first, last, shift in ((0, start, stored - start), (start, stored, -start)):
+        if first < last:
+            narrow(codes, first, last, shift, asked, k, bounds, candidates)
+    tighten_all(k, bounds, candidates)
+    scores[:], ages[:] = -np.inf, -1
+    settle(queries, keys, start, unit, (candidates[0], counts), scores, ages)
+    order(scores, ages)
+    return np.flatnonzero(counts == HELPLESS)
+
+
+@njit(cache=True, nogil=True)
+def encoded(queries, size):
+    """What tiles of `size` queries ask with, and the bounds to start from: +inf where there is nothing to ask with."""
+    q, d = queries.shape
+    groups, count = (q + size - 1) // size, (d + PACKED - 1) // PACKED
+    words = np.zeros((groups, count, size * PACKED), np.int8)
+    starts = np.zeros((groups * size, (count + CHUNK - 1) // CHUNK), np.int32)
+    reach, slip = np.ones(groups * size, np.float32), np.zeros(groups * size, np.float32)
+    bounds, ratio = np.full(groups * size, np.float32(np.inf)), np.zeros(groups, np.float32)
+    encode_queries(queries, size, words, starts, reach, slip)
+    for i in range(q):
+        if slip[i] < np.inf:
+            bounds[i], ratio[i // size] = -np.inf, max(ratio[i // size], slip[i])
+    return (words, starts, reach, ratio), bounds
+
+
+@njit(cache=True, nogil=True)
+def sampled(codes, stored, asked, k, bounds):
+    """Raise the bounds (q,) that are not infinite to what k keys are sure to exceed, as scan_ring does."""
     queries = asked[0].shape[2] // PACKED
-    span, step = panels_a_tile(queries) * coded[1].shape[1], SAMPLED[queries]
-    buckets = -(-4 * k // span) * span
+    step = SAMPLED[0] if queries == SIZES[0] else SAMPLED[1] if queries == SIZES[1] else SAMPLED[2]
+    span = panels_a_tile(queries) * codes[1].shape[1]
+    buckets = (4 * k + span - 1) // span * span
     if stored >= step * buckets:
-        maxima, lows = np.empty((len(asked[2]), buckets), np.float32), np.empty(len(bounds), np.float32)
-        sample(coded, stored, step, asked, maxima)
-        kth_largest_rows(maxima[: len(bounds)], k, lows)
-        np.maximum(bounds, np.nextafter(lows, np.float32(-np.inf)), out=bounds)
+        maxima, lows = np.empty((asked[2].shape[0], buckets), np.float32), np.empty(bounds.shape[0], np.float32)
+        sample(codes, stored, step, asked, maxima)
+        kth_largest_rows(maxima[: bounds.shape[0]], k, lows)
+        for i in range(bounds.shape[0]):
+            bounds[i] = max(bounds[i], np.nextafter(lows[i], np.float32(-np.inf)))
 
 
 def empty_codes(slots: int, d: int) -> tuple[np.ndarray, ...]:
@@ -167,31 +198,16 @@ def empty_codes(slots: int, d: int) -> tuple[np.ndarray, ...]:
 
 
 def rescore(
-    queries: np.ndarray, keys: np.ndarray, candidates: np.ndarray, k: int, space: str, start: int
+    queries: np.ndarray, keys: np.ndarray, positions: np.ndarray, k: int, space: str, stored: int, oldest: int
 ) -> tuple[np.ndarray, np.ndarray] | Any:
-    """Scores and ages (q, k) of the best of candidates (q, m), ages or -1, among keys (stored, d) of a ring."""
+    """Scores and positions (heads, q, k) of the best of the tokens at positions (heads, q, m), -1 for none.
+
+    The keys (heads, slots, d) are a row's, of whose history it holds `stored` tokens, the first at position `oldest`;
+    queries (heads, q, d) come at norm 1 for cosine.
+    """
     if queries.dtype != np.float32 or keys.dtype != np.float32 or space == "l2":
         return NotImplemented
-    q = len(queries)
-    scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
-    counts = np.sum(candidates >= 0, axis=1)
-    places = -np.sort(-candidates, axis=1)  # what is none comes last
-    queries = unit(queries) if space == "cosine" else np.ascontiguousarray(queries)
-    settle(queries, keys, start, space == "cosine", (places, counts), scores, ages)
-    order(scores, ages)
-    return scores, ages
-
-
-def encoded(queries: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """What the tile asks with, and the bounds to start from: +inf where there is nothing to ask with."""
-    q, d = queries.shape
-    size = next((size for _, size in (ONE, FEW) if q <= size), MANY[1])
-    groups = -(-q // size)
-    words = np.zeros((groups, words_for(d), size * PACKED), np.int8)
-    starts = np.zeros((groups * size, -(-words.shape[1] // CHUNK)), np.int32)
-    reach, slip = np.ones(groups * size, np.float32), np.zeros(groups * size, np.float32)
-    bounds = np.full(groups * size, np.inf, np.float32)
-    encode_queries(queries, size, words, starts, reach, slip)
-    bounds[:q][slip[:q] < np.inf] = -np.inf
-    slip[slip == np.inf] = 0
-    return (words, starts, reach, np.max(slip.reshape(groups, size), axis=1)), bounds
+    shape = *positions.shape[:2], k
+    scores, found = np.empty(shape, np.float32), np.empty(shape, np.int64)
+    best_of(np.ascontiguousarray(queries), keys, stored, oldest, space == "cosine", positions, scores, found)
+    return scores, found

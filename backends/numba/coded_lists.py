@@ -21,11 +21,12 @@ from .codes import CHUNK, PACKED, centre_of, encode_keys, encode_queries
 from .heap import order
 from .lists import Lists, by_list
 from .retrieval import search_rows
-from .scan import below
+from .scan import below, kth_largest
 from .search import NOTHING
 from .tile import highest_bit, lanes
 
 FEWER = 384  # candidates that there is room for, beside 4 k, where bounds are drawn closer
+SIZES = (ONE[1], FEW[1], MANY[1])
 LIKELY = 2.0  # on either side of a score; the errors of the two that are compared add up to sqrt(2) of one
 
 
@@ -73,40 +74,66 @@ class CodedLists:
         at position `oldest`, that are in the lists probes (q, p): all but surely, or if `sure`, surely. A query whose
         candidates the codes cannot tell apart is searched exactly.
         """
-        queries = np.ascontiguousarray(queries)
-        q, words, chains = len(queries), self.codes[0].shape[1], self.chains
-        asked = (
-            np.zeros((q, words, PACKED), np.int8),
-            np.zeros((q, -(-words // CHUNK)), np.int32),
-            *np.ones((2, q), np.float32),
-        )
-        encode_queries(queries, 1, *asked)
-        if not sure:
-            asked[2][:] *= min(LIKELY / math.sqrt(self.d), 1.0)  # the reach of the bounds
-        candidates = no_candidates(q, k, min(4 * k + (ROOM if sure else FEWER), len(keys)))
-        counts = candidates[3]
-        counts[asked[3] == np.inf] = HELPLESS
-        bounds = np.where(counts == HELPLESS, np.inf, -np.inf).astype(np.float32)
-        scores, ages = np.full((q, k), -np.inf, np.float32), np.full((q, k), NONE, np.int64)
-        for some in (probes[:, :1], probes[:, 1:5], probes[:, 5:]):  # from the first lists, bounds for the others
-            if some.size:
-                who = by_list(some, len(chains.ends), (ONE, FEW, MANY))
-                pages = (chains.ends, chains.positions, chains.links)
-                narrow_lists(self.codes, asked, *who, *pages, oldest, k, bounds, candidates, sure)
-                tighten_all(k, bounds, candidates, sure)
-        settle(queries, keys, start, self.space == "cosine", (candidates[0], counts), scores, ages)
-        order(scores, ages)
-        helpless = np.flatnonzero(counts == HELPLESS)
+        queries, chains, stored = np.ascontiguousarray(queries), self.chains, len(keys)
+        room = min(4 * k + (ROOM if sure else FEWER), stored)
+        reach = 1.0 if sure else min(LIKELY / math.sqrt(self.d), 1.0)
+        scores, ages = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        pages = (chains.ends, chains.positions, chains.links)
+        row = (keys, start, oldest, self.space == "cosine")
+        helpless = search_pages(self.codes, pages, row, queries, probes, room, reach, sure, scores, ages)
         if helpless.size:
-            width = min(k, len(keys))
+            width = min(k, stored)
             found = search_rows(queries[helpless], keys, width, self.space, NOTHING, start)
-            scores[helpless, :width], ages[helpless, :width] = found
-        return scores, np.where(ages >= 0, ages + oldest, NONE)
+            scores[helpless, :width], ages[helpless, :width] = found[0], found[1] + oldest
+        return scores, ages
+
+
+@njit(cache=True, nogil=True)
+def search_pages(codes, pages, row, queries, probes, room, reach, sure, scores, found):
+    """Fill scores and found (q, k), best first, with the positions of the best keys of the lists probes (q, p).
+
+    Returns the queries for which that could not be done. `reach` is the share of their bounds that is drawn.
+    """
+    keys, start, oldest, unit = row
+    chain_ends, positions, links = pages
+    (q, k), words = scores.shape, codes[0].shape[1]
+    asked = (
+        np.zeros((q, words, PACKED), np.int8),
+        np.zeros((q, (words + CHUNK - 1) // CHUNK), np.int32),
+        np.ones(q, np.float32),
+        np.ones(q, np.float32),
+    )
+    encode_queries(queries, 1, *asked)
+    asked[2][:] *= np.float32(reach)
+    candidates = no_candidates(q, k, room)
+    counts, bounds = candidates[3], np.full(q, -np.inf, np.float32)
+    for i in range(q):
+        if asked[3][i] == np.inf:
+            counts[i], bounds[i] = HELPLESS, np.inf
+    first = 0
+    for last in (1, 5, probes.shape[1]):  # from the first lists, bounds for the others
+        if first < min(last, probes.shape[1]):
+            asking, begins, size = by_list(probes[:, first:last], chain_ends.shape[0], SIZES)
+            who = (asking, begins, size)
+            narrow_lists(codes, asked, *who, chain_ends, positions, links, oldest, k, bounds, candidates, sure)
+            tighten_all(k, bounds, candidates, sure)
+        first = last
+    scores[:], found[:] = -np.inf, NONE
+    settle(queries, keys, start, unit, (candidates[0], counts), scores, found)
+    order(scores, found)
+    for i in range(q):
+        for j in range(k):
+            found[i, j] = found[i, j] + oldest if found[i, j] >= 0 else NONE
+    return np.flatnonzero(counts == HELPLESS)
 
 
 @njit(cache=True, nogil=True)
 def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links, oldest, k, bounds, candidates, sure):
-    """Collect candidates from every list for the queries that probe it, asking[begins[l] : begins[l + 1]]."""
+    """Collect candidates from every list for the queries that probe it, asking[begins[l] : begins[l + 1]].
+
+    Where they have no bounds yet, the list is looked through beforehand: what k of its keys are sure to reach spares
+    most of the others from being candidates.
+    """
     words, starts, reach, slip = asked
     places, lows, highs, counts, marks = candidates
     wide, keys_a_page = panels_a_tile(size), positions.shape[1]
@@ -132,6 +159,16 @@ def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links
                 ratio[i // size] = max(ratio[i // size], slip[who[i]])
         group_asked = (some, some_starts, some_reach, ratio)
         page = chain_ends[owner, 1]
+        sets, slots, other = (4 * k + span - 1) // span * span, 0, page
+        while other != NONE and slots < sets:
+            slots, other = slots + keys_a_page, links[other, 0]
+        if slots >= sets and own_bounds.min() == -np.inf:
+            maxima = np.full((groups * size, sets), np.float32(-np.inf))
+            list_maxima(keys, page, group_asked, positions, links, oldest, low, high, hits, maxima)
+            for i in range(count):
+                if own_bounds[i] == -np.inf:
+                    bounds[who[i]] = kth_largest(maxima[i], k)
+                    own_bounds[i] = just_below(bounds[who[i]])
         while page != NONE:
             for part in range(keys_a_page // span - 1, -1, -1):
                 group, panel = -1, (page * keys_a_page + part * span) // keys[1].shape[1]
@@ -153,3 +190,25 @@ def narrow_lists(keys, asked, asking, begins, size, chain_ends, positions, links
                                 if counts[query] != HELPLESS:
                                     keep(query, position - oldest, low[at], high[at], places, lows, highs, counts)
             page = links[page, 0]
+
+
+@njit(cache=True, nogil=True)
+def list_maxima(keys, page, asked, positions, links, oldest, low, high, hits, maxima):
+    """Fill maxima (queries, m) with the largest lower ends of disjoint sets of the living keys of a list."""
+    size = hits.shape[0]
+    span, column = low.shape[0] // size, 0
+    everything, alive = np.full(maxima.shape[0], np.float32(-np.inf)), np.empty(span, np.bool_)
+    while page != NONE:
+        for part in range(positions.shape[1] // span):
+            for lane in range(span):
+                alive[lane] = positions[page, part * span + lane] >= oldest
+            panel = (page * positions.shape[1] + part * span) // keys[1].shape[1]
+            for group in range(maxima.shape[0] // size):
+                ends(keys, panel, asked, group, everything, low, high, hits)
+                for j in range(size):
+                    into = maxima[group * size + j, column : column + span]
+                    for lane in range(span):
+                        if alive[lane]:
+                            into[lane] = max(into[lane], low[j * span + lane])
+            column = (column + span) % maxima.shape[1]
+        page = links[page, 0]

@@ -14,6 +14,8 @@ from .scan import NO_SCALES, below, panels_a_tile, score
 from .threads import in_parallel
 from .tile import FEW, MANY, ONE, highest_bit, lanes
 
+SIZES = (ONE[1], FEW[1], MANY[1])
+
 
 class Lists:
     """Keys (·, d) in `count` lists, computed with in `computing`. For "cosine", keys and queries come at unit norm."""
@@ -53,7 +55,7 @@ class Lists:
         chains = self.chains
         for some in (probes[:, :1], probes[:, 1:]):
             if some.size:
-                asking, starts, size = by_list(some, len(chains.ends), (ONE, FEW, MANY))
+                asking, starts, size = by_list(some, len(chains.ends), SIZES)
                 pages = (chains.ends, self.panels, chains.positions, chains.links)
                 scan_lists(queries, asking, starts, size, *pages, oldest, best, places, self.l2)
         order(best, places)
@@ -73,17 +75,31 @@ def search_all(
     """Scores and positions (heads, q, k) of every head's queries (heads, q, d), several heads at once."""
     tasks = [(made, queries[h], probes[h], keys[h]) for h, made in enumerate(heads)]
     found = in_parallel(lambda made, asked, lists, own: made.search(asked, k, lists, own, start, oldest, sure), tasks)
+    if len(found) == 1:
+        return found[0][0][None], found[0][1][None]
     scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
     return scores, positions
 
 
-def by_list(probes: np.ndarray, count: int, tiles: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray, int]:
-    """The queries of probes (q, p) in the order of the lists they ask; where each list's begin; queries of a tile."""
-    asking = np.argsort(probes, axis=None, kind="stable")  # pairs of query and list, by list
-    starts = np.searchsorted(probes.ravel()[asking], np.arange(count + 1))
-    most = int(np.diff(starts).max(initial=1))
-    size = next((size for _, size in tiles if most <= size), tiles[-1][1])
-    return asking // probes.shape[1], starts, size
+@njit(cache=True, nogil=True)
+def by_list(probes, count, sizes):
+    """The queries of probes (q, p) in the order of the `count` lists they ask, where each list's begin, and the least
+
+    of `sizes` that holds the queries of any list, or the last.
+    """
+    begins, asking = np.zeros(count + 2, np.int64), np.empty(probes.size, np.int64)
+    for i in range(probes.shape[0]):
+        for j in range(probes.shape[1]):
+            begins[probes[i, j] + 2] += 1
+    most, size = begins.max(), sizes[-1]
+    for other in sizes[::-1]:
+        size = other if most <= other else size
+    begins = np.cumsum(begins)
+    for i in range(probes.shape[0]):
+        for j in range(probes.shape[1]):
+            asking[begins[probes[i, j] + 1]] = i
+            begins[probes[i, j] + 1] += 1
+    return asking, begins[:-1], size
 
 
 @njit(cache=True, nogil=True)

@@ -29,7 +29,8 @@ def retrieve(queries: np.ndarray, keys: np.ndarray, k: int, space: str, mask: An
 
     def work(b: int, block: slice) -> None:
         allowed = NOTHING if mask is None else np.ascontiguousarray(mask[b, block])
-        found = search_rows(queries[b, block], keys[b], some, space, allowed, start)
+        asked = unit(queries[b, block]) if space == "cosine" else queries[b, block]
+        found = search_rows(asked, keys[b], some, space, allowed, start)
         scores[b, block, :some], positions[b, block, :some] = found
 
     in_parallel(work, [(b, block) for b in range(batch) for block in query_blocks(q, d, queries.itemsize, batch)])
@@ -39,9 +40,12 @@ def retrieve(queries: np.ndarray, keys: np.ndarray, k: int, space: str, mask: An
 def search_rows(
     queries: np.ndarray, keys: np.ndarray, k: int, space: str, mask: np.ndarray, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and positions (q, k) of the k best `keys` (n, d), a ring whose oldest stands at `start`."""
+    """Scores and positions (q, k) of the k best `keys` (n, d), a ring whose oldest stands at `start`.
+
+    For cosine, queries come at unit norm and keys do not.
+    """
     n, d = keys.shape
-    search = Search(unit(queries) if space == "cosine" else queries, k, space)
+    search = Search(queries, k, space)
     panels = empty_panels(min(n, BLOCK), d, keys.dtype, keys.dtype)
     for low, high, shift in ((0, start, n - start), (start, n, -start)):
         for last in range(high, low, -BLOCK):

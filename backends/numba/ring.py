@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from . import machine
-from .panels import aligned, empty_panels, place
-from .scan import NO_SCALES
-from .search import Search, query_blocks
+from .panels import aligned, empty_panels, grouped, place
+from .scan import NO_SCALES, scan_ring
+from .search import group_size, query_blocks
 from .shortlist import shortlisted, worthwhile
 from .threads import in_parallel
 from .unit import unit
@@ -72,11 +72,10 @@ class Panels:
                 found = shortlisted(asked, *self.heads[head], stored, start, some, self.space == "l2")
                 scores[head, block, :some], ages[head, block, :some] = found
                 return
-            search = Search(asked, some, self.space)
-            search.sample(*self.heads[head], stored)
-            search.visit(*self.heads[head], 0, start, stored - start)
-            search.visit(*self.heads[head], start, stored, -start)
-            scores[head, block, :some], ages[head, block, :some] = search.result()
+            best, places = np.empty((len(asked), some), self.computing), np.empty((len(asked), some), np.int64)
+            groups = grouped(asked, group_size(len(asked)))
+            scan_ring(*self.heads[head], stored, start, groups, best, places, self.space == "l2")
+            scores[head, block, :some], ages[head, block, :some] = best, places
 
         blocks = query_blocks(q, d, self.computing.itemsize, heads)
         in_parallel(work, [(head, block) for head in range(heads) for block in blocks] if some else [])

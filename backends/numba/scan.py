@@ -9,13 +9,14 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .heap import offer
+from .heap import offer, order
 from .tile import FEW, MANY, ONE, highest_bit, make_tile, panel_counts
 
 one, few, many = (make_tile(*shape, l2=False) for shape in (ONE, FEW, MANY))
 one_l2, few_l2, many_l2 = (make_tile(*shape, l2=True) for shape in (ONE, FEW, MANY))
 NO_SCALES = np.zeros((0, 0), np.float32)  # of keys that have none
 panels_a_tile = panel_counts(ONE, FEW, MANY)
+SAMPLED = 32  # one tile in so many is looked at beforehand
 
 
 @njit(inline="always")
@@ -121,3 +122,31 @@ def kth_largest_rows(rows, k, bounds):
     """Of every row (queries, n), reordered, the k-th largest."""
     for i in range(rows.shape[0]):
         bounds[i] = kth_largest(rows[i], k)
+
+
+@njit(cache=True, nogil=True)
+def scan_ring(panels, scales, stored, start, grouped, best, places, l2):
+    """Fill best and places (q, k), best first, with scores and ages of the best keys in slots below `stored`.
+
+    The keys are a ring whose oldest is at slot `start`. The scan starts from scores that k keys are sure to exceed: the
+    k-th largest of the maxima of disjoint sets of keys. Without it a scan is at the mercy of the order: a memory whose
+    older keys are the better ones, always.
+    """
+    (q, k), queries = best.shape, grouped.shape[2]
+    bounds = np.full(grouped.shape[0] * queries, np.inf, grouped.dtype)
+    bounds[:q], places[:] = -np.inf, -1
+    span = panels_a_tile(queries) * panels.shape[2]
+    buckets = (4 * k + span - 1) // span * span
+    if stored >= SAMPLED * buckets:
+        maxima = np.empty((q, buckets), grouped.dtype)
+        sample(panels, scales, stored, SAMPLED, grouped, maxima, l2)
+        kth_largest_rows(maxima, k, bounds)
+        for i in range(q):
+            bounds[i] = np.nextafter(bounds[i], grouped.dtype.type(-np.inf))
+    for i in range(q):
+        best[i] = bounds[i]
+    nothing = np.zeros((0, 0), np.bool_)
+    for low, high, shift in ((0, start, stored - start), (start, stored, -start)):
+        if low < high:
+            scan(panels, scales, low, high, shift, grouped, bounds, best, places, nothing, l2)
+    order(best, places)

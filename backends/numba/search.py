@@ -7,11 +7,10 @@ import numpy as np
 from . import threads
 from .heap import order
 from .panels import grouped
-from .scan import kth_largest_rows, panels_a_tile, sample, scan
+from .scan import scan
 from .tile import FEW, MANY, ONE
 
 RESIDENT = 1 << 17  # bytes of queries that stay in the second-level cache while all panels pass by
-SAMPLED = 32  # one tile in so many is looked at beforehand
 NOTHING = np.zeros((0, 0), bool)
 
 
@@ -19,28 +18,11 @@ class Search:
     """The k best keys of queries (q, d) so far: heaps that `visit` offers keys to, the newest range first."""
 
     def __init__(self, queries: np.ndarray, k: int, space: str):
-        q = queries.shape[0]
-        size = next((size for _, size in (ONE, FEW) if q <= size), MANY[1])
-        self.queries, self.k, self.l2 = grouped(queries, size), k, space == "l2"
+        q, size = queries.shape[0], group_size(queries.shape[0])
+        self.queries, self.l2 = grouped(queries, size), space == "l2"
         self.scores, self.places = np.full((q, k), -np.inf, queries.dtype), np.full((q, k), -1, np.int64)
         self.bounds = np.full(self.queries.shape[0] * size, np.inf, queries.dtype)
         self.bounds[:q] = -np.inf
-
-    def sample(self, panels: np.ndarray, scales: np.ndarray, stored: int) -> None:
-        """Start from scores that k keys are sure to exceed: the k-th largest of the maxima of disjoint sets of keys.
-
-        Without it a scan is at the mercy of the order: a memory whose older keys are the better ones, always.
-        """
-        span = panels_a_tile(self.queries.shape[2]) * panels.shape[2]
-        buckets = -(-4 * self.k // span) * span
-        if stored < SAMPLED * buckets:
-            return
-        q = self.scores.shape[0]
-        maxima = np.empty((q, buckets), self.scores.dtype)
-        sample(panels, scales, stored, SAMPLED, self.queries, maxima, self.l2)
-        kth_largest_rows(maxima, self.k, self.bounds[:q])
-        self.bounds[:q] = np.nextafter(self.bounds[:q], self.bounds.dtype.type(-np.inf))
-        self.scores[:] = self.bounds[:q, None]
 
     def visit(
         self, panels: np.ndarray, scales: np.ndarray, low: int, high: int, shift: int, mask: np.ndarray = NOTHING
@@ -53,6 +35,11 @@ class Search:
         """Scores and positions (q, k), best first, ties to the newest."""
         order(self.scores, self.places)
         return self.scores, self.places
+
+
+def group_size(q: int) -> int:
+    """How many of q queries a tile takes."""
+    return ONE[1] if q <= ONE[1] else FEW[1] if q <= FEW[1] else MANY[1]
 
 
 def query_blocks(q: int, d: int, itemsize: int, batch: int) -> list[slice]:

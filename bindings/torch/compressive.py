@@ -30,7 +30,8 @@ class CompressiveState(RecurrentState):
     usage : tensor (rows, window)
         How much attention each hidden state has drawn; only kept by "most_used".
     loss : tensor () or None
-        Reconstruction loss of the call that returned this state, for adding to the loss. Neither copied nor saved.
+        Reconstruction loss of the call that returned this state: the mean over the segments it completed, for adding to
+        the loss. Neither copied nor saved.
     """
 
     compressed: torch.Tensor
@@ -96,6 +97,7 @@ class CompressiveAttention(TransformerXLAttention):
         super().__init__(dim, heads, segment=segment, window=window, head_dim=head_dim, bias=bias)
         self.compressed, self.rate = checks.count("compressed", compressed), checks.count("rate", rate)
         self.method = checks.choice("method", method, METHODS)
+        self.settings |= {"rate": self.rate, "method": self.method}
         for name, value, whole in (
             ("segment", self.segment, self.rate),
             ("window", self.reach, self.segment if method == "most_used" else self.rate),
@@ -113,7 +115,7 @@ class CompressiveAttention(TransformerXLAttention):
 
     def memory(self, rows: int) -> CompressiveState:
         """A fresh memory for `rows` documents."""
-        return CompressiveState(**self._fresh(rows), phase=0, ragged=False)
+        return CompressiveState(**self._fresh(rows))
 
     def _kind(self) -> type[State]:
         return CompressiveState
@@ -154,7 +156,7 @@ class CompressiveAttention(TransformerXLAttention):
             kept["usage"] = self._used(memory, weights, seen, present)
         position = memory.position + (n if present is None else present.sum(dim=1))
         if memory.ragged or present is not None or (memory.phase + n) % self.segment == 0:
-            kept |= self._compressed(memory, kept, position, queries)
+            kept |= self._compressed(memory, kept, position)
         return self.output(self._joined(attended)), kept
 
     def _used(self, memory: CompressiveState, weights: torch.Tensor, seen: int, present: Any) -> torch.Tensor:
@@ -166,12 +168,11 @@ class CompressiveAttention(TransformerXLAttention):
         past = memory.usage + nn.functional.pad(drawn[:, :seen], (memory.usage.shape[1] - seen, 0))
         return slide(past[..., None], drawn[:, drawn.shape[1] - n :, None], present)[..., 0]
 
-    def _compressed(
-        self, memory: CompressiveState, kept: dict[str, Any], position: torch.Tensor, queries: torch.Tensor
-    ) -> dict[str, Any]:
+    def _compressed(self, memory: CompressiveState, kept: dict[str, Any], position: torch.Tensor) -> dict[str, Any]:
         """The fields that change where a row has completed a segment."""
-        with torch.autocast(queries.device.type, enabled=False):
-            gone = kept["hidden"][:, : self.segment]  # what leaves the window
+        hidden = kept["hidden"]
+        with torch.autocast(hidden.device.type, enabled=False):
+            gone, read = hidden[:, : self.segment], hidden[:, -self.segment :]  # what leaves the window, what was read
             weights = tuple(weight.to(gone.dtype) for weight in self.compressor)
             if self.method == "most_used":
                 made = most_used(gone, self.rate, kept["usage"][:, : self.segment])
@@ -180,22 +181,26 @@ class CompressiveAttention(TransformerXLAttention):
             ended = (position > memory.position) & (position % self.segment == 0)
             following = torch.cat([memory.compressed, made.detach()], dim=1)[:, -self.compressed :]
             real = ended & (position >= self.segment + self.reach)  # rows of which all that left were tokens
-            loss = self._reconstruction(queries, gone, made, real) if weights else None
+            loss = self._reconstruction(read, gone, made, real) if weights else None
         return {"compressed": torch.where(ended[:, None, None], following, memory.compressed), "loss": loss}
 
     def _reconstruction(
-        self, queries: torch.Tensor, gone: torch.Tensor, made: torch.Tensor, real: torch.Tensor
+        self, read: torch.Tensor, gone: torch.Tensor, made: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
-        """Mean square of what the queries see in `made` less what they see in `gone`; gradients reach `made` alone."""
-        queries = queries.detach().to(gone.dtype)
-        projections = [
+        """Mean squares of what the segment `read` sees in `made` less what it sees in `gone`: their sum over real rows.
+
+        Second, how many those are. Gradients reach `made` alone.
+        """
+        query, key, value = (
             tuple(None if a is None else a.detach().to(gone.dtype) for a in (p.weight, p.bias))
-            for p in (self.key, self.value)
-        ]
+            for p in (self.query, self.key, self.value)
+        )
+        queries = self._heads(nn.functional.linear(read, *query)) + self.content_bias.detach()[:, None].to(gone.dtype)
+        scale = 1 / math.sqrt(self.head_dim)
 
         def seen(states: torch.Tensor) -> torch.Tensor:
-            keys, values = (self._heads(nn.functional.linear(states, *p)) for p in projections)
-            return nn.functional.scaled_dot_product_attention(queries, keys, values, scale=1.0)
+            keys, values = (self._heads(nn.functional.linear(states, *p)) for p in (key, value))
+            return nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
         error = (seen(made) - seen(gone).detach()).square().mean(dim=(1, 2, 3))
-        return torch.where(real, error, 0).sum() / real.sum().clamp(min=1)
+        return torch.stack([torch.where(real, error, 0).sum(), real.sum().to(error.dtype)])

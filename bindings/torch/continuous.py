@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class ContinuousState(RecurrentState):
     histogram : tensor (rows, D)
         Where the segment's queries have looked so far, over D equal bins of [0, 1].
     loss : tensor () or None
-        Regulariser of the call that returned this state, weighted, for adding to the loss. Neither copied nor saved.
+        Regulariser of the call that returned this state, weighted: the mean over the tokens that had a signal to look
+        at, for adding to the loss. Neither copied nor saved.
     """
 
     coefficients: torch.Tensor
@@ -137,6 +139,8 @@ class ContinuousAttention(TransformerXLAttention):
         self.floor, self.width, self.centre, self.regulariser = floor, width, centre, regulariser
         self.scheme = Scheme(self.basis, penalty(ridge), checks.count("samples", samples), compat is not None)
         self.bins = original.BINS
+        functions = np.stack([self.basis.centers, self.basis.widths])
+        self.settings |= {"basis": f"{self.basis!r} with CRC {zlib.crc32(functions.tobytes()):08x}"}
         inner, N = self.heads * self.head_dim, len(self.basis)
         self.signal_key, self.signal_value = (nn.Linear(dim, inner, bias=False) for _ in range(2))
         self.signal_output = nn.Linear(inner, dim, bias=False)
@@ -150,7 +154,7 @@ class ContinuousAttention(TransformerXLAttention):
         fresh = self._fresh(rows)
         wide = torch.promote_types(self.query.weight.dtype, torch.float32)
         fresh |= {name: fresh[name].to(wide) for name in ("coefficients", "histogram")}
-        return ContinuousState(**fresh, phase=0, ragged=False)
+        return ContinuousState(**fresh)
 
     def _kind(self) -> type[State]:
         return ContinuousState
@@ -169,8 +173,6 @@ class ContinuousAttention(TransformerXLAttention):
         output, kept = super()._attend(x, memory, start, present, turning)
         with torch.autocast(x.device.type, enabled=False):
             B, looked = memory.coefficients, memory.histogram
-            if start is not None:
-                B, looked = (torch.where(start[:, None, None], 0, B), torch.where(start[:, None], 0, looked))
             if turning:
                 reading = None if present is None else present.any(dim=1)
                 B, looked = self._turned(B, looked, memory.hidden[:, -self.segment :], memory.position, reading)
@@ -228,9 +230,9 @@ class ContinuousAttention(TransformerXLAttention):
         return looking.affine(queries, B, W_K, w_mean, w_variance, self.floor)
 
     def _loss(self, mean: torch.Tensor, variance: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Mean divergence of the densities of real queries, weighted."""
+        """Summed divergence of the densities of real queries, weighted, and how many they are."""
         each = looking.divergence(mean, variance, self.width, self.centre)
-        return self.regulariser * torch.where(real, each, 0).sum() / real.sum().clamp(min=1)
+        return torch.stack([self.regulariser * torch.where(real, each, 0).sum(), real.sum().to(each.dtype)])
 
     def _histogram(self, mean: torch.Tensor, variance: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Mass of the densities of real queries in each bin, (rows, D)."""

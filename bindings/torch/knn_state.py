@@ -24,6 +24,8 @@ class KNNState(State):
     ----------
     keys, values : tensors (rows, kv_heads, window, head_dim)
         The newest tokens, as memory would store them.
+    ahead : tensor (rows, kv_heads, 1 or 0, head_dim)
+        What the newest token projects, of which the key of the next is made; only kept where keys="before".
     token : int64 tensor (2,)
         Which state of the memory this is.
     ledger : Ledger
@@ -32,6 +34,7 @@ class KNNState(State):
 
     keys: torch.Tensor
     values: torch.Tensor
+    ahead: torch.Tensor
     token: torch.Tensor
     ledger: Ledger
 
@@ -50,17 +53,33 @@ class KNNState(State):
         return super().nbytes + self.memory.nbytes
 
     def select(self, rows: Sequence[int]) -> Self:
+        self._newest()
         index = self._index(rows)
         ledger = self.ledger.copy(index)
         parts = {name: tensor[index] for name, tensor in self.tensors().items()}
-        return type(self)(phase=self.phase, ragged=self.ragged, ledger=ledger, token=ledger.token(), **parts)
+        return type(self)(**self._progress(), ledger=ledger, token=ledger.token(), **parts)
+
+    def _newest(self) -> None:
+        """The kNN memory is as this state left it.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        steps = int(self.token[1])
+        if steps != self.ledger.steps:
+            raise ArgumentError(
+                "memory",
+                f"the latest state of this memory, after {self.ledger.steps} steps",
+                f"the state after {steps}, whose kNN memory has gone on",
+                "Copy, select or save a state before it is passed to a layer.",
+            )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        self._newest()
         stored = self.memory.state_dict().items()
-        settings = torch.tensor([self.ledger.segment, self.ledger.lag])
         return {
             **super().state_dict(),
-            "settings": settings,
             **{f"memory.{name}": torch.from_numpy(np.asarray(array)) for name, array in stored},
         }
 
@@ -68,15 +87,14 @@ class KNNState(State):
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
         parts = cls._parts(state)
         stored = {name.removeprefix("memory."): a for name, a in state.items() if name.startswith("memory.")}
-        ledger = Ledger(KNNMemory.from_state_dict(stored), *state["settings"].tolist())
+        ledger = Ledger.of(KNNMemory.from_state_dict(stored), parts["settings"])
         return cls(**parts, ledger=ledger, token=ledger.token())
 
     @classmethod
     def _joined(cls, states: list[Self], parts: dict[str, torch.Tensor]) -> dict[str, Any]:
-        settings = {(state.ledger.segment, state.ledger.lag) for state in states}
-        if len(settings) > 1:
-            raise ArgumentError("states", "one segment and lag", str(sorted(settings)), "Join those of one layer.")
-        ledger = Ledger(joined([state.memory for state in states]), *settings.pop())
+        for state in states:
+            state._newest()
+        ledger = Ledger.of(joined([state.memory for state in states]), states[0].settings)
         return {**parts, "ledger": ledger, "token": ledger.token()}
 
     @classmethod

@@ -23,6 +23,8 @@ from .state import State
 COMBINE = ("gate", "joint")
 POSITIONS = ("none", "t5", "rope")
 NOTHING = ("local", "zeros")
+KEYS = ("own", "before")
+BEGINNINGS = ("apart", "equal")
 
 
 class MemorizingAttention(SegmentedAttention):
@@ -59,6 +61,14 @@ class MemorizingAttention(SegmentedAttention):
     nothing : {"local", "zeros"}
         What a query without neighbours gets from memory: its local output unchanged, or, as in the authors' code, k
         slots of zeros. Only of effect with combine="gate".
+    keys : {"own", "before"}
+        What the key of a token is made of: the token, or the token before it, so that a place is found by what it
+        followed and its value is what came next. As in kNN-LM (Khandelwal et al., ICLR 2020) and the smeared keys of
+        Olsson et al. ("In-context Learning and Induction Heads", 2022). Of the window's keys too; the key of a
+        document's first token is 0, and that of a piece's first token has no gradient.
+    projections : {"apart", "equal"}
+        How the projections of queries and keys start: drawn apart, or equal, so that like finds like from the first
+        step (Reformer, Kitaev et al., ICLR 2020, keeps them so; here they are free to part).
     index, dtype, bias
         Index and dtype of the KNNMemory; whether the projections have biases.
 
@@ -70,7 +80,9 @@ class MemorizingAttention(SegmentedAttention):
     -----
     A call of n tokens costs the search of n queries a head in at most `capacity` keys, and O(n (segment + window)) of
     local attention. No gradient reaches what is stored or the selection; gradients reach the queries, the scale and
-    the gate through the scores of what was retrieved.
+    the gate through the scores of what was retrieved. Nothing therefore teaches a query to prefer what it has never
+    retrieved: small models, and short training, gain from memory with keys="before" and projections="equal", and next
+    to nothing without; large models learn as much by themselves.
     Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. Differs from the paper in
     that segments are counted in each row's own tokens, so that padding and the cut into calls change nothing, and in
     where `scale` starts.
@@ -102,6 +114,8 @@ class MemorizingAttention(SegmentedAttention):
         combine: str = "gate",
         positions: str = "none",
         nothing: str = "local",
+        keys: str = "own",
+        projections: str = "apart",
         head_dim: int | None = None,
         kv_heads: int | None = None,
         index: str = "exact",
@@ -112,10 +126,14 @@ class MemorizingAttention(SegmentedAttention):
         self.capacity, self.k = checks.count("capacity", capacity), checks.count("k", k)
         self.combine, self.positions = checks.choice("combine", combine, COMBINE), positions
         checks.choice("positions", positions, POSITIONS)
+        if combine == "joint" and overlap and self.reach:
+            twice = "overlap=True: the cache is in memory too, and would count twice in one softmax"
+            raise ArgumentError("overlap", "False with combine='joint' and a window", twice, "Pass overlap=False.")
         if positions == "rope":
             even("head_dim", self.head_dim)
         self.nothing, self.index, self.dtype = checks.choice("nothing", nothing, NOTHING), index, dtype
-        self.overlap, self.normalize = overlap, normalize
+        self.overlap, self.normalize, self.keys = overlap, normalize, checks.choice("keys", keys, KEYS)
+        checks.choice("projections", projections, BEGINNINGS)
         self.kv_heads = self.heads if kv_heads is None else checks.count("kv_heads", kv_heads)
         if self.heads % self.kv_heads:
             raise ArgumentError("kv_heads", f"a divisor of heads={heads}", str(kv_heads), "Every group has one size.")
@@ -123,50 +141,44 @@ class MemorizingAttention(SegmentedAttention):
         self.query = nn.Linear(dim, inner, bias=bias)
         self.key, self.value = (nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias) for _ in range(2))
         self.output = nn.Linear(inner, dim, bias=bias)
+        if projections == "equal":  # a key head with the first query head of its group
+            with torch.no_grad():
+                for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                    grouped = query.unflatten(0, (self.kv_heads, -1, self.head_dim))
+                    key.copy_(grouped[:, 0].flatten(0, 1))
         begin = self.head_dim**0.5 if scale is None else checks.positive("scale", scale)
         self.scale = nn.Parameter(torch.full((self.heads,), begin)) if normalize else None
         self.gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
         self.bias = nn.Embedding(32, self.heads) if positions == "t5" else None
         KNNMemory(1, self.kv_heads, self.head_dim, self.capacity, index=index, dtype=dtype)  # refuses what it cannot do
+        self.settings |= {"overlap": overlap, "capacity": self.capacity, "index": index, "dtype": dtype}
 
     def memory(self, rows: int) -> KNNState:
         """A fresh memory for `rows` documents."""
         rows = checks.count("rows", rows)
         knn = KNNMemory(rows, self.kv_heads, self.head_dim, self.capacity, index=self.index, dtype=self.dtype)
-        ledger = Ledger(knn, self.segment, self._late())
+        ledger = Ledger.of(knn, self.settings)
         like = self.query.weight
         empty = like.new_zeros((rows, *self._shapes()["keys"]))
         position = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return KNNState(position, 0, False, empty, empty.clone(), ledger.token(), ledger)
+        ahead = like.new_zeros((rows, *self._shapes()["ahead"]))
+        return KNNState(position, 0, False, self.settings, empty, empty.clone(), ahead, ledger.token(), ledger)
 
     def _kind(self) -> type[State]:
         return KNNState
 
-    def _check(self, x: Any, memory: Any, start: Any, mask: Any) -> None:
-        super()._check(x, memory, start, mask)
-        if memory is None or torch.compiler.is_compiling():
-            return
-        own, its = self._late(), memory.ledger.lag
-        if own != its:
-            raise ArgumentError(
-                "memory",
-                f"one that takes segments {own} tokens late",
-                f"{its} tokens late",
-                "Pass the memory of a layer with the same overlap and window.",
-            )
-
-    def _late(self) -> int:
-        """Tokens after its end that a segment enters memory."""
-        return 0 if self.overlap else self.reach
-
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         window = (self.kv_heads, self.segment + self.reach, self.head_dim)
-        return {"position": (), "keys": window, "values": window}
+        ahead = (self.kv_heads, int(self.keys == "before"), self.head_dim)
+        return {"position": (), "keys": window, "values": window, "ahead": ahead}
 
     def _attend(
         self, x: torch.Tensor, memory: Any, start: Any, present: Any, turning: bool
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         queries, keys, values = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        ahead = memory.ahead
+        if self.keys == "before":
+            keys, ahead = delayed(ahead, keys, present)
         if self.normalize:
             queries, keys = unit(queries), unit(keys)
             scaled = queries * self.scale.abs()[:, None, None].to(queries.dtype)
@@ -180,6 +192,7 @@ class MemorizingAttention(SegmentedAttention):
             output = self._mixed(read, scaled, keys, values, memory, present)
         kept = {
             "token": token,
+            "ahead": ahead,
             "keys": slide(memory.keys, keys.detach(), present),
             "values": slide(memory.values, values.detach(), present),
         }
@@ -209,7 +222,8 @@ class MemorizingAttention(SegmentedAttention):
         tokens = numbers(memory.position, seen, n, present)
         allowed, bias = visible(tokens, n, self.segment, self.reach), None
         if self.positions == "rope":
-            queries, keys = rotate(queries, tokens[:, None, seen:]), rotate(keys, tokens[:, None])
+            near = tokens - (memory.position // self.segment * self.segment)[:, None]  # of however long a document
+            queries, keys = rotate(queries, near[:, None, seen:]), rotate(keys, near[:, None])
         elif self.positions == "t5":
             distances = tokens[:, seen:, None] - tokens[:, None, :]
             bias = self.bias(buckets(distances)).movedim(-1, 1)
@@ -221,6 +235,22 @@ class MemorizingAttention(SegmentedAttention):
         return gate(read.output if self.nothing == "zeros" else read, local, self.gate)
 
 
+def delayed(ahead: torch.Tensor, new: torch.Tensor, present: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `new` (rows, heads, n, d) every column's token before it, `ahead` (rows, heads, 1, d) before the first.
+
+    And second, what is ahead of the next call.
+    """
+    both = torch.cat([ahead.to(new.dtype), new], dim=2)
+    if present is None:
+        return both[:, :, :-1], both[:, :, -1:].detach().to(ahead.dtype)
+    columns = torch.arange(1, both.shape[2], device=new.device)
+    last = torch.where(present, columns, 0).cummax(dim=1).values  # up to each column, the newest token's
+    last = nn.functional.pad(last, (1, 0))[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+    both = both.gather(2, last)
+    return both[:, :, :-1], both[:, :, -1:].detach().to(ahead.dtype)
+
+
 def unit(vectors: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(|x|² + 1e-6), the authors' normalisation, whose gradient is finite at 0."""
-    return vectors * torch.rsqrt(vectors.square().sum(dim=-1, keepdim=True) + 1e-6)
+    """x / sqrt(|x|² + 1e-6), the authors' normalisation, whose gradient is finite at 0; in at least float32."""
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # squares of float16 overflow from 256 on
+    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + 1e-6)).to(vectors.dtype)

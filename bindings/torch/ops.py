@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -40,6 +40,11 @@ class Ledger:
         self.number = next(_numbers)
         _ledgers[self.number] = self
 
+    @classmethod
+    def of(cls, memory: KNNMemory, settings: dict[str, Any]) -> Self:
+        """That of a layer with `settings`."""
+        return cls(memory, settings["segment"], 0 if settings["overlap"] else settings["window"])
+
     def token(self) -> torch.Tensor:
         """Names the state of the memory now."""
         return torch.tensor([self.number, self.steps])
@@ -62,8 +67,9 @@ class Ledger:
                 "memory",
                 f"the latest state of this memory, after {self.steps} steps",
                 f"the state after {steps}",
-                "Memory goes one way: pass copy.deepcopy(memory) to continue one past twice, and where gradients are "
-                "checkpointed run backward before the next call, with calls of at most one segment.",
+                "Memory goes one way: to continue one past twice, take copy.deepcopy(memory) before it is first "
+                "continued; where gradients are checkpointed, run backward before the next call, with calls of at most "
+                "one segment.",
             )
         self._write(keys, values, position)
         self.memory.clear(start.nonzero().flatten().tolist())

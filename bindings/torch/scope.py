@@ -19,7 +19,9 @@ class MemoryScope:
 
     A layer that is called without a memory gets the one held for it, a fresh one at first; a call that is given a
     memory is left alone. What a call of the model returns is held once that call has come to its end: an exception on
-    the way leaves every layer's memory as it was. On leaving the block, however it is left, the model is as before.
+    the way leaves what is held as it was, so that the call can be made again; a layer with a kNN memory, which by then
+    has taken what the segments before had completed, wants it with the same `start` and of at most one segment. On
+    leaving the block, however it is left, the model is as before.
 
     Parameters
     ----------
@@ -132,7 +134,7 @@ class MemoryScope:
             memory = self._staged.get(name, self.states.get(name))
             arguments["memory"] = self._given[name] = layer.memory(x.shape[0]) if memory is None else memory
             for mask, tensor in self._masks.items():
-                if arguments.get(mask) is None:
+                if arguments.get(mask) is None and (mask == "mask" or name not in self._staged):  # starts but once
                     arguments[mask] = tensor
             return args[:1], arguments
 

@@ -39,7 +39,8 @@ class SegmentedAttention(nn.Module):
         if head_dim is None and dim % heads:
             raise ArgumentError("heads", f"a divisor of dim={dim}", str(heads), "Or pass head_dim.")
         self.head_dim = dim // heads if head_dim is None else checks.count("head_dim", head_dim)
-        self.segment, self.reach = checks.count("segment", segment), checks.count("reach", reach, least=0)
+        self.segment, self.reach = checks.count("segment", segment), checks.count("window", reach, least=0)
+        self.settings: dict[str, Any] = {"segment": self.segment, "window": self.reach}
 
     def memory(self, rows: int) -> State:
         """A fresh memory for `rows` documents, on the device and in the dtype of the parameters."""
@@ -73,8 +74,9 @@ class SegmentedAttention(nn.Module):
 
         Raises
         ------
-        ShapeError, DTypeError, FrameworkError, ArgumentError
-            In every case nothing has been remembered.
+        ShapeError, DTypeError, FrameworkError, ArgumentError, NonFiniteError
+            In every case nothing has been remembered, but where what a layer makes of x is too large to be stored: then
+            the segments before it are.
         """
         self._check(x, memory, start, mask)
         if memory is None:
@@ -98,13 +100,11 @@ class SegmentedAttention(nn.Module):
             present = None if mask is None else mask[:, piece]
             output, memory = self._step(x[:, piece], memory, begin, present, turning or first > 0)
             outputs.append(output)
-            if (loss := getattr(memory, "loss", None)) is not None:
-                losses.append(loss * ((last - first) / n))
+            losses.append(getattr(memory, "loss", None))
         if cuts and memory.ragged:
             phases = set((memory.position % self.segment).tolist())
             memory = memory.following(phase=max(phases), ragged=len(phases) > 1)
-        if losses:
-            memory = memory.following(loss=sum(losses))
+        memory = averaged(memory, losses)
         output = torch.cat(outputs, dim=1) if len(outputs) != 1 else outputs[0]
         return output, memory
 
@@ -122,24 +122,22 @@ class SegmentedAttention(nn.Module):
             boundary = (position // self.segment + 1) * self.segment
             before = present & (numbers(position, 0, present.shape[1], present) < boundary[:, None])
             output, memory = self._step(x[:, piece], memory, begin, before, True)
-            losses.append((getattr(memory, "loss", None), before))
+            losses.append(getattr(memory, "loss", None))
             after = present & ~before
             rest, memory = self._step(x[:, piece], memory, None, after, True)
-            losses.append((getattr(memory, "loss", None), after))
+            losses.append(getattr(memory, "loss", None))
             outputs.append(output + rest)
         memory = memory.following(phase=self.segment, ragged=True)  # as far as a graph can tell
-        if losses[0][0] is not None:
-            memory = memory.following(loss=sum(loss * (read.sum() / mask.sum().clamp(min=1)) for loss, read in losses))
-        return torch.cat(outputs, dim=1), memory
+        return torch.cat(outputs, dim=1), averaged(memory, losses)
 
     def _step(
         self, x: torch.Tensor, memory: State, start: Any, present: Any, turning: bool
     ) -> tuple[torch.Tensor, State]:
         """One piece: no row crosses a boundary in it but with its first token, where `turning`."""
-        position = memory.position if start is None else torch.where(start, 0, memory.position)
         if present is not None:
             x = torch.where(present[..., None], x, 0)
-        memory = memory.following(position=position)
+        memory = memory.following() if start is None else memory.restarted(start)
+        position = memory.position
         output, kept = self._attend(x, memory, start, present, turning)
         if present is not None:
             output = torch.where(present[..., None], output, 0)
@@ -153,7 +151,10 @@ class SegmentedAttention(nn.Module):
     def _attend(
         self, x: torch.Tensor, memory: Any, start: Any, present: Any, turning: bool
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Output (rows, n, dim), and the fields of the next state other than the progress."""
+        """Output (rows, n, dim), and the fields of the next state other than the progress.
+
+        A loss among them is a tensor (2,): a sum, and over how many it is one.
+        """
         raise NotImplementedError
 
     def _crossings(self, n: int, position: torch.Tensor, start: Any, mask: Any) -> list[int]:
@@ -198,7 +199,9 @@ class SegmentedAttention(nn.Module):
             kind = self._kind()
             if not isinstance(memory, kind):
                 raise ArgumentError("memory", f"a {kind.__name__}", type(memory).__name__, "Pass what the layer gave.")
-            memory.fits(x, self._shapes())
+            memory.fits(x, self.settings, self._shapes())
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            checks.finite(x=x.detach() if mask is None else torch.where(mask[..., None], x.detach(), 0))
 
     def _kind(self) -> type[State]:
         """Class of the layer's states."""
@@ -219,6 +222,15 @@ class SegmentedAttention(nn.Module):
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, heads, n, head_dim) -> (rows, n, heads x head_dim)"""
         return x.transpose(1, 2).flatten(2)
+
+
+def averaged(memory: State, losses: list[Any]) -> State:
+    """`memory` with the mean loss of a call whose pieces had `losses`, (sum, count) each or None."""
+    known = [loss for loss in losses if loss is not None]
+    if not known:
+        return memory
+    total, count = torch.stack(known).sum(dim=0)
+    return memory.following(loss=total / count.clamp(min=1))
 
 
 def even(argument: str, value: int) -> None:

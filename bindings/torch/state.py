@@ -26,11 +26,14 @@ class State:
         Tokens since the last boundary between segments: of every row, or of the furthest where rows are `ragged`.
     ragged : bool
         Whether rows may stand at different distances from a boundary.
+    settings : dict
+        Those of the layer it is of, as far as a memory depends on them.
     """
 
     position: torch.Tensor
     phase: int
     ragged: bool
+    settings: dict[str, Any]
 
     @property
     def rows(self) -> int:
@@ -62,7 +65,19 @@ class State:
         """
         index = self._index(rows)
         parts = {name: tensor[index] for name, tensor in self.tensors().items()}
-        return type(self)(phase=self.phase, ragged=self.ragged, **parts)
+        return type(self)(**self._progress(), **parts)
+
+    def _progress(self) -> dict[str, Any]:
+        """The fields that are no tensors."""
+        return {"phase": self.phase, "ragged": self.ragged, "settings": self.settings}
+
+    def restarted(self, start: torch.Tensor) -> Self:
+        """This state with zeros in the tensors of rows that `start`: nothing of their old documents is carried on."""
+        parts = {
+            name: torch.where(start.view(-1, *(1,) * (tensor.ndim - 1)), 0, tensor)
+            for name, tensor in self.tensors().items()
+        }
+        return self.following(**parts)
 
     @classmethod
     def join(cls, states: Sequence[Self]) -> Self:
@@ -77,6 +92,8 @@ class State:
         kinds = ", ".join(sorted({type(state).__name__ for state in states})) or "none"
         if kinds != cls.__name__:
             raise ArgumentError("states", f"at least one {cls.__name__}, and no other", kinds, "Join those of a layer.")
+        for state in states[1:]:
+            alike("states", states[0].settings, state.settings)
         parts = {}
         for name, tensor in states[0].tensors().items():
             tensors = [state.tensors()[name] for state in states]
@@ -86,7 +103,7 @@ class State:
             parts[name] = torch.cat(tensors)
         phases = {state.phase for state in states}
         ragged = len(phases) > 1 or any(state.ragged for state in states)
-        return cls(phase=max(phases), ragged=ragged, **cls._joined(states, parts))
+        return cls(phase=max(phases), ragged=ragged, settings=states[0].settings, **cls._joined(states, parts))
 
     @classmethod
     def _joined(cls, states: list[Self], parts: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -102,9 +119,12 @@ class State:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.select(range(self.rows))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_state_dict, (self.state_dict(),)
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copies of everything, as a flat dict of tensors; "config" holds JSON as uint8."""
-        config = {"kind": type(self).__name__, "phase": self.phase, "ragged": self.ragged}
+        config = {"kind": type(self).__name__, **self._progress()}
         text = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
         return {"config": text, **{name: tensor.detach().clone() for name, tensor in self.tensors().items()}}
 
@@ -141,12 +161,12 @@ class State:
         """Fields that are no tensors to keep: what a state selected, copied or loaded makes anew."""
         return set()
 
-    def fits(self, x: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
-        """This state serves input `x` (rows, n, dim) of a layer whose states have `shapes`, rows aside.
+    def fits(self, x: torch.Tensor, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+        """This state serves input `x` (rows, n, dim) of a layer whose states have `settings` and `shapes`, rows aside.
 
         Raises
         ------
-        ShapeError, FrameworkError
+        ShapeError, FrameworkError, ArgumentError
         """
         if self.rows != x.shape[0]:
             raise ShapeError(
@@ -165,3 +185,17 @@ class State:
                 raise FrameworkError(
                     f"memory.{name}", f"a tensor on {x.device}, as x is", f"one on {tensor.device}", "Move x to it."
                 )
+        alike("memory", settings, self.settings)
+
+
+def alike(argument: str, expected: dict[str, Any], received: dict[str, Any]) -> None:
+    """Both are the settings of one layer.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if expected != received:
+        names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
+        wanted, came = (", ".join(f"{name}={each.get(name)!r}" for name in names) for each in (expected, received))
+        raise ArgumentError(argument, wanted, came, "Pass the memory of a layer with the same configuration.")

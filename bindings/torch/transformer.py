@@ -119,6 +119,8 @@ class MemoryTransformer(nn.Module):
             came = str(len(memory)) if isinstance(memory, tuple | list) else f"a {type(memory).__name__}"
             raise ArgumentError("memory", f"a tuple of {len(self.blocks)} states", came, "Pass what the model gave.")
         x, following = self.dropout(self.embedding(tokens)), []
+        for block, state in zip(self.blocks, memory, strict=True):  # all of them before any has read
+            block.attention._check(x, state, start, mask)
         for block, state in zip(self.blocks, memory, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 x, state = checkpoint(block, x, state, start, mask, use_reentrant=False)

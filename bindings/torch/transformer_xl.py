@@ -87,14 +87,15 @@ class TransformerXLAttention(SegmentedAttention):
 
     def memory(self, rows: int) -> RecurrentState:
         """A fresh memory for `rows` documents."""
-        return RecurrentState(**self._fresh(rows), phase=0, ragged=False)
+        return RecurrentState(**self._fresh(rows))
 
-    def _fresh(self, rows: int) -> dict[str, torch.Tensor]:
-        """Every tensor of a fresh memory."""
+    def _fresh(self, rows: int) -> dict[str, Any]:
+        """Every field of a fresh memory."""
         rows, like = checks.count("rows", rows), self.query.weight
         shapes = {name: (rows, *shape) for name, shape in self._shapes().items() if name != "position"}
         position = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return {"position": position, **{name: like.new_zeros(shape) for name, shape in shapes.items()}}
+        zeros = {name: like.new_zeros(shape) for name, shape in shapes.items()}
+        return {"position": position, "phase": 0, "ragged": False, "settings": self.settings, **zeros}
 
     def _kind(self) -> type[State]:
         return RecurrentState

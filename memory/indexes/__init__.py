@@ -46,6 +46,6 @@ def make_index(
         return BucketedIndex(space)
     if name != "auto":
         return makers[name]()
-    if importlib.util.find_spec("hnswlib") is None:
+    if importlib.util.find_spec("hnswlib") is None or raw == np.float64:  # graphs are made in float32
         del makers["hnsw"]
     return AutoIndex(makers, target, costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -11,10 +12,11 @@ from ...core.retrieval import retrieve
 from .protocol import Ring
 
 ALTERED = "Pass an unaltered state_dict."
-ALL, EARLY = 64, 4096  # queries that are all audited, and those
-OFTEN, SELDOM = 8, 256  # of which one in so many is, and of the later ones
-ASKED, MOST = 32, 128  # queries of a search that are audited at once, a head: if there are so many, and at most
+ALL, EARLY, MOVED = 64, 4096, 2048  # queries that are all audited, and those, more of them in every turnover,
+OFTEN, SELDOM = 8, 256  # of which one in so many is, and of all others
+ASKED, MOST = 32, 128  # queries that are audited at once, as a rule; of one search at most
 MEMORY = 0.93  # weight of the audits so far when ASKED more are
+STALE = 1.0  # turnovers in which what audits have found keeps 1/e of its weight
 
 
 class Audit:
@@ -27,16 +29,35 @@ class Audit:
     def restart(self) -> None:
         """What was measured so far was about another setting: begin again."""
         self.queries = self.audited = 0
+        self.begun = self.last = math.nan  # turnovers of the row then, and at the last audit
+        self.waiting: list[np.ndarray] = []  # queries (heads, some, dim) that are to be audited with others
 
-    def due(self, queries: int) -> np.ndarray:
-        """Count the queries of a search, and say which of them are to be audited: evenly spread ones, or none."""
-        self.queries += queries
-        owed = min(self.queries, ALL + min(self.queries, EARLY) // OFTEN + self.queries // SELDOM) - self.audited
-        some = min(owed, queries, MOST)
-        if some <= 0 or some < min(queries, ASKED):
-            return np.empty(0, int)
+    def taken(self, queries: np.ndarray, turnovers: float) -> np.ndarray | None:
+        """Count the queries (heads, q, dim) of a search; returns those to audit now, earlier ones with them, or None.
+
+        `turnovers` is how often all that the row holds has been replaced: what audits have found is about keys, and
+        as a rule queries, that have left since. But for the first, queries wait until there are ASKED: one by one they
+        would cost several times as much.
+        """
+        q = queries.shape[1]
+        self.queries += q
+        self.begun = turnovers if math.isnan(self.begun) else self.begun
+        often = min(self.queries, EARLY + int(MOVED * (turnovers - self.begun)))
+        some = min(min(self.queries, ALL + often // OFTEN + self.queries // SELDOM) - self.audited, q, MOST)
+        if some <= 0:
+            return None
         self.audited += some
-        return np.linspace(0, queries - 1, some).astype(int)
+        self.waiting.append(queries[:, np.linspace(0, q - 1, some).astype(int)])
+        if self.audited > ALL and sum(asked.shape[1] for asked in self.waiting) < ASKED:
+            return None
+        asked, self.waiting = np.concatenate(self.waiting, axis=1), []
+        return asked
+
+    def trust(self, turnovers: float) -> float:
+        """What the audits so far still count, now that there is another one."""
+        moved = 0.0 if math.isnan(self.last) else max(turnovers - self.last, 0.0)
+        self.last = turnovers
+        return math.exp(-moved / STALE)
 
     def observe(self, found: np.ndarray, exact: np.ndarray) -> None:
         """Take in what an audit found: positions (heads, q, k) by the index, and by exact search."""
@@ -52,24 +73,35 @@ class Audit:
                 f"{index} finds {self.recall:.2f} of the nearest keys of this memory's own queries, less than "
                 f"target_recall={self.target}. {remedy}",
                 RecallWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
 
-    def state(self) -> np.ndarray:
-        return np.array([self.recall, self.queries, self.audited, self.warned], np.float64)
+    def state(self, heads: int, dim: int) -> dict[str, np.ndarray]:
+        """What has been measured, and the queries (heads, some, dim) that wait."""
+        numbers = self.recall, self.queries, self.audited, self.warned, self.begun, self.last
+        waiting = np.concatenate(self.waiting, axis=1) if self.waiting else np.empty((heads, 0, dim), np.float32)
+        return {"audit": np.array(numbers, np.float64), "waiting": waiting}
 
-    def restore(self, state: np.ndarray | None) -> None:
+    def restore(self, state: dict[str, np.ndarray], heads: int, dim: int) -> None:
         """Go on from `state`.
 
         Raises
         ------
         ArgumentError
-            Not four numbers.
+            Not six numbers, or not queries of that size.
         """
-        if state is None or state.shape != (4,):
-            raise ArgumentError("state", "the four numbers of an audit", repr(state), ALTERED)
-        self.recall, self.queries = float(state[0]), int(state[1])
-        self.audited, self.warned = int(state[2]), bool(state[3])
+        numbers, waiting = state.get("audit", np.empty(0)), state.get("waiting", np.empty((heads, 0, dim), np.float32))
+        if numbers.shape == (4,):  # an older one
+            numbers = np.append(numbers, [math.nan, math.nan])
+        if numbers.shape != (6,):
+            raise ArgumentError("state", "the six numbers of an audit", repr(numbers), ALTERED)
+        fits = waiting.ndim == 3 and waiting.shape[::2] == (heads, dim) and waiting.dtype in (np.float32, np.float64)
+        if not fits or not np.isfinite(waiting).all():
+            raise ArgumentError("state", f"queries of {heads} heads of {dim}", f"{waiting.shape}", ALTERED)
+        self.recall, self.queries = float(numbers[0]), int(numbers[1])
+        self.audited, self.warned = int(numbers[2]), bool(numbers[3])
+        self.begun, self.last = (float(x) if math.isfinite(x) else math.nan for x in numbers[4:])
+        self.waiting = [waiting] if waiting.size else []
 
 
 def weight_of_past(queries: int) -> float:

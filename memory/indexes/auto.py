@@ -7,13 +7,13 @@ measured on the machine, or given (costs.py); what is counted here is how many t
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ...backends.errors import ArgumentError
+from ..lock import ReadWriteLock
 from . import ivf
 from .audit import ALTERED
 from .costs import WALK, Costs, machine_costs
@@ -35,9 +35,10 @@ class AutoIndex:
         self.index: Any = make["exact"]()
         self.queries = self.written = 0.0  # a step's, on average
         self.searches = self.seen = 0
+        self.refused: tuple[str, ...] = ()  # graphs, once they have missed their recall
         self.probed = 0.0  # share of the lists that audits asked for when there last were lists; 0 is unknown
         self.estimates: dict[str, float] = {}
-        self.lock = threading.Lock()
+        self.lock = ReadWriteLock().writing
 
     def __reduce__(self) -> tuple[Any, ...]:
         return restored, (self.make, self.target, self.costs, self.state())
@@ -49,17 +50,18 @@ class AutoIndex:
     def state(self) -> dict[str, np.ndarray]:
         """What is chosen, on what grounds, and the chosen index's own state."""
         which = list(self.make).index(self.name)
-        numbers = np.array([which, self.queries, self.written, self.searches, self.seen, self.probed], np.float64)
-        return {"auto": numbers, **self.index.state()}
+        numbers = [which, self.queries, self.written, self.searches, self.seen, self.probed, bool(self.refused)]
+        return {"auto": np.array(numbers, np.float64), **self.index.state()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         if not state:  # of a memory on a device, which has no index
             return
         numbers = state.get("auto", np.empty(0))
-        if numbers.shape != (6,) or not 0 <= numbers[0] < len(self.make):
+        numbers = np.append(numbers, [0, 0]) if numbers.shape == (5,) else numbers  # an older one
+        if numbers.shape != (7,) or not 0 <= numbers[0] < len(self.make):
             raise ArgumentError("state", "the state of an automatic index", f"auto = {numbers}", ALTERED)
-        which, self.queries, self.written, searches, seen, self.probed = (float(number) for number in numbers)
-        self.searches, self.seen = int(searches), int(seen)
+        which, self.queries, self.written, searches, seen, self.probed, refused = (float(number) for number in numbers)
+        self.searches, self.seen, self.refused = int(searches), int(seen), ("hnsw",) if refused else ()
         self.name = list(self.make)[int(which)]
         self.index = self.make[self.name]()
         self.index.restore({name: array for name, array in state.items() if name != "auto"})
@@ -83,11 +85,11 @@ class AutoIndex:
         if self.costs is None:
             return
         if self.name == "hnsw" and self.index.audit.warned:
-            self.make = {name: maker for name, maker in self.make.items() if name != "hnsw"}
+            self.refused = ("hnsw",)
         if self.name == "ivf":
             self.probed = self.index.probed or self.probed
         every = estimate(n, d, self.queries, self.written, self.target, self.costs, self.probed or None)
-        self.estimates = {name: cost for name, cost in every.items() if name in self.make}
+        self.estimates = {n: cost for n, cost in every.items() if n in self.make and n not in self.refused}
         cheapest = min(self.estimates, key=self.estimates.__getitem__)
         if self.name not in self.estimates or self.estimates[cheapest] < BETTER * self.estimates[self.name]:
             self.name, self.index = cheapest, self.make[cheapest]()

@@ -28,6 +28,7 @@ from ...core import checks
 from .exact import ExactIndex
 from .hnsw import HNSWIndex
 from .ivf import IVFIndex
+from .protocol import Held
 
 VARIABLE = "PERDURE_COSTS"
 WALK = 64  # keys compared in a graph for each doubling of its size, at beam 64
@@ -133,21 +134,6 @@ def keep(costs: Costs, place: Path) -> None:
         return
 
 
-class Held:
-    """Keys (1, n, d) as an index sees those of a row."""
-
-    def __init__(self, keys: np.ndarray):
-        self.keys = keys
-        self.capacity = self.written = self.stored = self.slots = keys.shape[1]
-        self.oldest = self.start = 0
-
-    def part(self, name: str, where: Any) -> tuple[np.ndarray, None]:
-        return self.keys[where], None
-
-    def numbers(self, name: str, where: Any) -> np.ndarray:
-        return self.keys[where]
-
-
 def measured() -> Costs:
     """Costs as this process meets them, on normal numbers."""
     rng = np.random.default_rng(0)
@@ -162,7 +148,7 @@ def measured() -> Costs:
     count, unit = lists.centroids.shape[1], DIM * scanned
     lists.probing.probes = max(count // 8, 1)
     lists.follow(row)
-    best = lists.best_lists(many)
+    best = lists.best_lists(many, lists.probes)
     listed = seconds(lambda: lists.search_lists(row, many, 32, best)) / (best.size * KEYS / count) / unit
     costs = {
         "scanned": 1e9 * scanned,

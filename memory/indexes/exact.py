@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
 
 from ...backends.registry import current_backend, load
 from ...core.retrieval import retrieve
+from ..lock import ReadWriteLock
 from .protocol import Ring
 
 
@@ -25,7 +25,7 @@ class ExactIndex:
         self.followed = 0  # tokens of the row's history that were taken in, or have left the row before
         self.kept: Any = None
         self.made_for = 0  # slots of the row for which `kept` is the kind that suits
-        self.lock = threading.Lock()
+        self.lock = ReadWriteLock().writing
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy starts empty, and follows the copied row at its first search."""

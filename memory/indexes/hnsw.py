@@ -11,7 +11,6 @@ searched exactly. Every hit is scored again in full, so that graphs choose candi
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,13 @@ import numpy as np
 from ...backends.arrays import optional_import
 from ...backends.errors import ArgumentError, RecallError
 from ...backends.registry import current_backend, load
+from ...core import checks
 from ...core.retrieval import retrieve, unit
+from ..lock import ReadWriteLock
+from ..storage import cast_silently
 from .audit import ALTERED, Audit, exact_positions
 from .exact import written_between
-from .protocol import Ring
+from .protocol import Ring, turnovers
 
 LINKS, BREADTH = 16, 200  # hnswlib's M and ef_construction
 SMALLEST, PARTS = 1024, 8  # tokens of a segment at least; segments in a full row otherwise
@@ -40,7 +42,7 @@ class HNSWIndex:
         self.graphs: dict[tuple[int, int], list[Any]] = {}  # first and last position -> a graph a head
         self.saved: list[tuple[int, int]] = []  # of graphs that are to be built again
         self.followed = 0  # tokens of the row's history that graphs were made or dropped for
-        self.ef, self.audit, self.lock = 64, Audit(target), threading.Lock()
+        self.ef, self.audit, self.lock = 64, Audit(target), ReadWriteLock().writing
         self.library = optional_import("hnswlib", extra="hnsw")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,7 +57,7 @@ class HNSWIndex:
     def state(self) -> dict[str, np.ndarray]:
         """The beam width, the measured recall, and what graphs are over: they are built again, the same."""
         runs = np.array([*self.graphs, *self.saved], np.int64).reshape(-1, 2)
-        return {"ef": np.array([self.ef], np.int64), "runs": runs, "audit": self.audit.state()}
+        return {"ef": np.array([self.ef], np.int64), "runs": runs, **self.audit.state(self.heads, self.dim)}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         ef = state.get("ef", np.empty(0))
@@ -71,7 +73,7 @@ class HNSWIndex:
         ):
             raise ArgumentError("state", f"runs of segments of {self.segment}", f"{runs}", ALTERED)
         self.ef, self.saved = int(ef[0]), [(int(first), int(last)) for first, last in runs if first < last]
-        self.audit.restore(state.get("audit"))
+        self.audit.restore(state, self.heads, self.dim)
 
     def explain(self) -> str:
         return (
@@ -81,22 +83,45 @@ class HNSWIndex:
         )
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if queries.dtype != np.float32 and self.space != "cosine":
+            checks.measurable(queries=cast_silently(queries, np.float32))
         with self.lock:
             self.follow(row)
-            graphs, ef = dict(self.graphs), max(self.ef, k)
-        found = [self.search_head(row, h, queries[h], k, graphs, ef) for h in range(self.heads)]
-        scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
-        some = self.audit.due(queries.shape[1]) if graphs else np.empty(0, int)
-        if some.size:
-            exact = exact_positions(row, queries[:, some], k, self.space)
-            with self.lock:
-                self.audit.observe(positions[:, some], exact)
-                if self.audit.recall < self.audit.target and self.ef >= MOST:
-                    self.audit.warn('index="hnsw"', REMEDY)
-                elif self.audit.recall < self.audit.target:
-                    self.ef = min(2 * self.ef, MOST)
-                    self.audit.restart()
-        return scores, positions
+            graphs, ef = self.graphs, max(self.ef, k)
+            audited = self.audit.taken(queries, turnovers(row)) if graphs else None
+        if audited is not None:
+            self.learn(row, audited, k, graphs, ef)
+        return self.found(row, queries, k, graphs, ef)
+
+    def learn(self, row: Ring, queries: np.ndarray, k: int, graphs: dict[tuple[int, int], list[Any]], ef: int) -> None:
+        """Widen the beam if audited queries (heads, q, dim) say so."""
+        _, positions = self.found(row, queries, k, graphs, ef)
+        exact = exact_positions(row, queries, k, self.space)
+        with self.lock:
+            self.audit.observe(positions, exact)
+            if self.audit.recall < self.audit.target and self.ef >= MOST:
+                self.audit.warn('index="hnsw"', REMEDY)
+            elif self.audit.recall < self.audit.target:
+                self.ef = min(2 * self.ef, MOST)
+                self.audit.restart()
+
+    def found(
+        self, row: Ring, queries: np.ndarray, k: int, graphs: dict[tuple[int, int], list[Any]], ef: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions (heads, q, k) by the graphs with beam `ef`, and by exact search of what is in none."""
+        if row.stored == 0:
+            shape = *queries.shape[:2], k
+            return np.full(shape, -np.inf, queries.dtype), np.full(shape, -1, np.int64)
+        asked = unit(queries) if self.space == "cosine" else queries
+        narrow = cast_silently(asked, np.float32)
+        found = [self.candidates(row, h, queries[h], narrow[h], k, graphs, ef) for h in range(self.heads)]
+        positions = found[0][None] if len(found) == 1 else np.stack(found)
+        direct = getattr(load(current_backend()), "rescore", None)
+        if direct is not None:
+            best = direct(asked, row.part("keys", ...)[0], positions, k, self.space, row.stored, row.oldest)
+            if best is not NotImplemented:
+                return best
+        return self.by_formula(row, queries, k, positions)
 
     def follow(self, row: Ring) -> None:
         """Drop the graphs that a token has left; build those of the segments that became complete."""
@@ -126,21 +151,25 @@ class HNSWIndex:
         made.add_items(unit(keys) if self.space == "cosine" else keys, positions, num_threads=1)
         return made
 
-    def search_head(
-        self, row: Ring, head: int, queries: np.ndarray, k: int, graphs: dict[tuple[int, int], list[Any]], ef: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions (q, k) of the best of what the graphs and both exact ends give for queries (q, dim)."""
-        asked = unit(queries) if self.space == "cosine" else queries
-        parts = [self.ask(made[head], asked.astype(np.float32, copy=False), k, ef) for made in graphs.values()]
+    def candidates(
+        self,
+        row: Ring,
+        head: int,
+        queries: np.ndarray,
+        narrow: np.ndarray,
+        k: int,
+        graphs: dict[tuple[int, int], list[Any]],
+        ef: int,
+    ) -> np.ndarray:
+        """Positions (q, m) that both exact ends give for queries (q, dim), and graphs for the same in their dtype."""
+        parts = [self.ask(made[head], narrow, k, ef) for made in graphs.values()]
         for first, last in self.ends(row, graphs):
             for slots in written_between(row, first, last):
                 keys = row.numbers("keys", (head, slots))
                 _, ages = retrieve(queries, keys, k, self.space, None, 0)
                 parts.append(np.where(ages >= 0, ages + first, -1))
                 first += len(keys)
-        if not parts:
-            return np.full((len(queries), k), -np.inf, queries.dtype), np.full((len(queries), k), -1, np.int64)
-        return self.rescored(row, head, queries, k, np.concatenate(parts, axis=1))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def ends(self, row: Ring, graphs: dict[tuple[int, int], list[Any]]) -> list[tuple[int, int]]:
         """The ranges of positions that no graph holds: all, or what is older and what is newer than the graphs."""
@@ -150,34 +179,27 @@ class HNSWIndex:
         return [(a, b) for a, b in ((row.oldest, first), (last, row.written)) if a < b]
 
     def ask(self, graph: Any, queries: np.ndarray, k: int, ef: int) -> np.ndarray:
-        """The positions (q, min(k, segment)) that a graph finds."""
-        some = min(k, self.segment)
+        """The positions (q, min(k, tokens)) that a graph finds."""
+        some = min(k, graph.element_count)
         graph.set_ef(max(ef, some))
         try:
             positions, _ = graph.knn_query(queries, k=some, num_threads=1)
         except RuntimeError as error:
-            raise RecallError(
-                "search", f"{some} neighbours from a graph of {self.segment}", f"fewer ({error})", "Use index='exact'."
-            ) from error
-        return positions.astype(np.int64)
+            expected = f"{some} neighbours from a graph of {graph.element_count}"
+            raise RecallError("search", expected, f"fewer ({error})", "Use index='exact'.") from error
+        return positions.view(np.int64)
 
-    def rescored(
-        self, row: Ring, head: int, queries: np.ndarray, k: int, positions: np.ndarray
+    def by_formula(
+        self, row: Ring, queries: np.ndarray, k: int, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of the candidates positions (q, m), by (score, newest), scored in full."""
-        direct = getattr(load(current_backend()), "rescore", None)
-        if direct is not None:
-            keys, _ = row.part("keys", (head, slice(0, row.stored)))
-            candidates = np.where(positions >= 0, positions - row.oldest, -1)
-            found = direct(queries, keys, candidates, k, self.space, row.start)
-            if found is not NotImplemented:
-                return found[0], np.where(found[1] >= 0, found[1] + row.oldest, -1)
-        positions = np.sort(positions, axis=1)  # by age, so that ties go to the newest; nothing (-1) first
-        keys = row.numbers("keys", (head, np.where(positions >= 0, positions % row.capacity, 0)))
-        mask = (positions >= 0)[:, None, :]
-        scores, order = retrieve(queries[:, None, :], keys, k, self.space, mask, 0)
-        chosen = np.take_along_axis(positions, np.maximum(order[:, 0], 0), axis=1)
-        return scores[:, 0], np.where(order[:, 0] >= 0, chosen, -1)
+        """The k best of the candidates positions (heads, q, m), by (score, newest), scored in full."""
+        positions = np.sort(positions, axis=-1)  # by age, so that ties go to the newest; nothing (-1) first
+        heads = np.arange(self.heads)[:, None, None]
+        keys = row.numbers("keys", (heads, np.where(positions >= 0, positions % row.capacity, 0)))
+        mask = (positions >= 0)[..., None, :]
+        scores, order = retrieve(queries[..., None, :], keys, k, self.space, mask, 0)
+        chosen = np.take_along_axis(positions, np.maximum(order[..., 0, :], 0), axis=-1)
+        return scores[..., 0, :], np.where(order[..., 0, :] >= 0, chosen, -1)
 
 
 def restored(given: tuple[Any, ...], state: dict[str, np.ndarray]) -> HNSWIndex:

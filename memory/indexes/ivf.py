@@ -7,7 +7,6 @@ neighbor search" (PAMI 2011), section IV. Here the keys are a stream: lists lose
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,12 @@ import numpy as np
 from ...backends.errors import ArgumentError
 from ...backends.registry import current_backend, load
 from ...core.retrieval import retrieve, unit
+from ..lock import ReadWriteLock
 from .audit import ALTERED, Audit, overlap
 from .centroids import nearest, train
 from .exact import ExactIndex, written_since
 from .probing import Probing
-from .protocol import Ring
+from .protocol import Held, Ring, turnovers
 
 FIRST = 4096  # keys from which lists are worth their while; fewer are searched exactly
 
@@ -39,10 +39,11 @@ class IVFIndex:
         self.audit = Audit(target)
         self.followed = self.trained_at = self.trained_on = self.trainings = 0
         self.centroids: Any = None  # (heads, lists, dim), from the first training on
+        self.ranking: Any = None  # an ExactIndex of the centroids
         self.labels = np.empty((heads, 0), np.int32)  # of every slot
         self.probing = Probing(0, target)
         self.lists: Any = None  # a head, where the backend has them
-        self.lock = threading.Lock()
+        self.lock = ReadWriteLock().writing
 
     def __reduce__(self) -> tuple[Any, ...]:
         return restored, (self.given, self.state())
@@ -50,7 +51,8 @@ class IVFIndex:
     @property
     def nbytes(self) -> int:
         own = self.labels.nbytes + (0 if self.centroids is None else self.centroids.nbytes)
-        return own + (self.exact.nbytes if self.exact else 0) + sum(made.nbytes for made in self.lists or ())
+        own += sum(index.nbytes for index in (self.exact, self.ranking) if index)
+        return own + sum(made.nbytes for made in self.lists or ())
 
     def state(self) -> dict[str, np.ndarray]:
         """What the keys alone do not say: centroids, which key is in which list, and the measured recall."""
@@ -63,7 +65,7 @@ class IVFIndex:
                 "centroids": self.centroids,
                 "labels": self.labels.copy(),
                 "counts": np.array(counts, np.int64),
-                "audit": self.audit.state(),
+                **self.audit.state(*self.given[:2]),
                 **self.probing.state(),
             }
 
@@ -80,7 +82,7 @@ class IVFIndex:
             self.probing.restore(state)
             self.centroids, self.labels, self.exact = state["centroids"], state["labels"], None
             _, self.followed, self.trained_at, self.trained_on, self.trainings = map(int, counts)
-            self.audit.restore(state.get("audit"))
+            self.audit.restore(state, *self.given[:2])
 
     def explain(self) -> str:
         if self.centroids is None:
@@ -92,23 +94,17 @@ class IVFIndex:
         )
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        asked = unit(queries) if self.space == "cosine" else queries
         with self.lock:
             self.follow(row)
             exact = self.exact
-            audited = self.audit.due(queries.shape[1]) if exact is None else np.empty(0, int)
+            audited = self.audit.taken(asked, turnovers(row)) if exact is None else None
         if exact is not None:
             return exact.search(row, queries, k)
-        asked = unit(queries) if self.space == "cosine" else queries
-        if audited.size:
-            true, ranks = self.audited(row, asked[:, audited], k)
-        best = self.best_lists(asked)
-        scores, positions = self.search_lists(row, asked, k, best)
+        if audited is not None:
+            self.learn(row, audited, k)
+        scores, positions = self.search_lists(row, asked, k, self.best_lists(asked, self.probes))
         self.complete(row, queries, scores, positions)
-        if audited.size:
-            searched = np.where(ranks < best.shape[2], true, -1)
-            missed = 1 - overlap(positions[:, audited], searched)
-            with self.lock:
-                self.probing.lose(missed * (searched >= 0).sum() / max((true >= 0).sum(), 1), audited.size)
         return scores, positions
 
     @property
@@ -130,9 +126,9 @@ class IVFIndex:
         sure = best.shape[2] == self.probing.lists
         return load(current_backend()).search_lists(lists, queries, k, best, keys, row.start, row.oldest, sure)
 
-    def best_lists(self, queries: np.ndarray) -> np.ndarray:
-        """The lists whose centroids suit queries (heads, q, dim) best, the best first: (heads, q, probes)."""
-        return retrieve(queries, self.centroids, self.probes, self.scored, None, 0)[1]
+    def best_lists(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """The lists whose centroids suit queries (heads, q, dim) best, the best first: (heads, q, count)."""
+        return self.ranking.search(Held(self.centroids), queries, count)[1]
 
     def by_formula(self, row: Ring, queries: np.ndarray, k: int, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the lists are to find: the best of the keys whose list is probed."""
@@ -152,19 +148,23 @@ class IVFIndex:
             found, ages = retrieve(queries[:, short], keys, positions.shape[2], self.space, None, row.start)
             scores[:, short], positions[:, short] = found, np.where(ages >= 0, ages + row.oldest, -1)
 
-    def audited(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The true neighbours' positions (heads, q, k) and the ranks of their lists; learn how many lists to search."""
+    def learn(self, row: Ring, queries: np.ndarray, k: int) -> None:
+        """From audited queries (heads, q, dim), how many lists to search: by the ranks of their neighbours' lists."""
         lists = self.probing.lists
-        _, true = self.search_lists(row, queries, k, np.broadcast_to(np.arange(lists), (*queries.shape[:2], lists)))
-        order = retrieve(queries, self.centroids, lists, self.scored, None, 0)[1]
+        order = self.best_lists(queries, lists)
         ranks = np.empty_like(order)
         np.put_along_axis(ranks, order, np.broadcast_to(np.arange(lists), order.shape), axis=-1)
+        _, true = self.search_lists(row, queries, k, order)
         slots = np.where(true >= 0, true % row.capacity, 0)
         labels = np.take_along_axis(self.labels[:, None, :], slots.reshape(self.heads, 1, -1), axis=-1)
         ranks = np.take_along_axis(ranks, labels.reshape(true.shape).astype(np.int64), axis=-1)
         with self.lock:
-            self.probing.observe(ranks, true >= 0)
-        return true, ranks
+            self.probing.observe(ranks, true >= 0, self.audit.trust(turnovers(row)))
+            probes = self.probes
+        searched = np.where(ranks < probes, true, -1)
+        missed = 1 - overlap(self.search_lists(row, queries, k, order[..., :probes])[1], searched)
+        with self.lock:
+            self.probing.lose(missed * (searched >= 0).sum() / max((true >= 0).sum(), 1), queries.shape[1])
 
     @property
     def scored(self) -> str:
@@ -186,6 +186,8 @@ class IVFIndex:
             self.retrain(row)
         elif self.followed < row.written:
             self.label(row, written_since(row, self.followed))
+        if self.ranking is None:
+            self.ranking = ExactIndex(self.heads, self.given[1], self.scored, self.centroids.dtype)
         if make is None:
             self.lists = None
         elif self.lists is None:
@@ -207,8 +209,8 @@ class IVFIndex:
             self.probing = Probing(lists, self.audit.target)
             self.audit.restart()
         self.label(row, [slice(0, row.stored)])
-        self.trained_at, self.trained_on, self.trainings, self.lists = row.written, row.stored, self.trainings + 1, None
-        self.exact = None
+        self.trained_at, self.trained_on, self.trainings = row.written, row.stored, self.trainings + 1
+        self.exact = self.ranking = self.lists = None
 
     def label(self, row: Ring, ranges: list[slice]) -> None:
         if self.labels.shape[1] < row.slots:

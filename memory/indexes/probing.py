@@ -27,14 +27,17 @@ class Probing:
         self.shares = np.zeros((2, lists))  # sums over queries: of the share found with 1, 2, ... lists, and its square
         self.sums = np.zeros(3)  # likewise of weights, their squares, and the share lost in lists that were searched
 
-    def observe(self, ranks: np.ndarray, wanted: np.ndarray) -> None:
-        """Take in the ranks (heads, q, k), among a query's lists, of the lists of its true neighbours, where wanted."""
+    def observe(self, ranks: np.ndarray, wanted: np.ndarray, trust: float = 1.0) -> None:
+        """Take in the ranks (heads, q, k), among a query's lists, of the lists of its true neighbours, where wanted.
+
+        `trust` is the weight that what was observed before has kept.
+        """
         q = ranks.shape[1]
         counts = np.zeros((q, self.lists))
         np.add.at(counts, (np.broadcast_to(np.arange(q)[None, :, None], ranks.shape)[wanted], ranks[wanted]), 1)
         found = np.cumsum(counts, axis=1)
         shares = found / np.maximum(found[:, -1:], 1)
-        past = weight_of_past(q)
+        past = trust * weight_of_past(q)
         self.shares = past * self.shares + np.stack([shares.sum(axis=0), (shares**2).sum(axis=0)])
         self.sums = np.array([past, past**2, past]) * self.sums + [q, q, 0]
         self.choose()

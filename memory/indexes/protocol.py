@@ -25,6 +25,26 @@ class Ring(Protocol):
     def numbers(self, name: str, where: Any) -> np.ndarray: ...
 
 
+def turnovers(row: Ring) -> float:
+    """How many times as much as it holds a row was given."""
+    return row.written / max(row.stored, 1)
+
+
+class Held:
+    """Keys (heads, n, d) as an index sees those of a row."""
+
+    def __init__(self, keys: np.ndarray):
+        self.keys = keys
+        self.capacity = self.written = self.stored = self.slots = keys.shape[1]
+        self.oldest = self.start = 0
+
+    def part(self, name: str, where: Any) -> tuple[np.ndarray, None]:
+        return self.keys[where], None
+
+    def numbers(self, name: str, where: Any) -> np.ndarray:
+        return self.keys[where]
+
+
 class Index(Protocol):
     """Finds the nearest keys of one row. It is dropped with the row, and catches up by itself, whenever it is asked,
     with what was written since. What it is made of is not saved but made again; only what it learned is its state.
