@@ -90,9 +90,9 @@ def agree(memory: ModelMemory, config: dict[str, Any], arrays: dict[str, np.ndar
             raise ArgumentError(name, f"{saved!r}, as the memory was saved with", repr(value), remedy)
     remedy = "Keys and values mean nothing to another model: load that model, or read the document again."
     expected, other = "the model that the memory was read with", None
-    ours, theirs = attention_of(memory.model), config.get("attention") or {}
-    unlike = [name for name in ours if name in theirs and theirs[name] != ours[name]]
-    if unlike or not theirs:
+    told, kept = attention_of(memory.model), config.get("attention") or {}
+    unlike = [name for name in told if name in kept and kept[name] != told[name]]
+    if unlike or not kept:
         other = f"one of other settings ({', '.join(unlike)})"
     for i, layer in memory.layers.items():
         if not close(arrays.get(f"layers.{i}.rotation"), list(rotation(layer))):
