@@ -35,8 +35,8 @@ from perdure.bindings.torch import (
 RESULTS = Path(__file__).parent / "results"
 QUICK = {
     "tokens": 10, "dim": 48, "heads": 2, "layers": 2, "segment": 256, "window": 256, "basis": 64, "contraction": 0.9,
-    "compression": 32, "rate": 3e-3, "test": 64, "k": 32, "combine": "gate", "memories": 1,
-    "courses": [[(64, 300, 16), (256, 40, 16), (512, 40, 16), (1024, 40, 8), (2048, 40, 8), (4096, 30, 8)]],
+    "compression": 32, "rate": 3e-3, "test": 48, "k": 32, "combine": "gate", "memories": 1,
+    "courses": [[(64, 260, 16), (256, 30, 16), (512, 40, 8), (1024, 30, 8), (2048, 30, 8), (4096, 20, 8)]],
 }  # fmt: skip
 FULL = {
     "tokens": 20, "dim": 300, "heads": 6, "layers": 3, "segment": 1024, "window": 1024, "basis": 512,

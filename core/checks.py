@@ -198,6 +198,18 @@ def positive(argument: str, value: Any) -> float:
     return number
 
 
+def flag(argument: str, value: Any) -> bool:
+    """`value` as True or False, not by what is empty and what is not: "no" is neither.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentError(argument, "True or False", repr(value)[:80], f"Pass {argument}=True, for example.")
+    return bool(value)
+
+
 def choice(argument: str, value: Any, known: tuple[str, ...]) -> str:
     """`value`, if it is one of `known`.
 

@@ -181,7 +181,7 @@ class ContinuousMemory(Foresight, Savable):
         rows : sequence of int, optional
             Which rows the first axis stands for, each at most once; all by default.
         mask : bool array (rows, n), optional
-            False is padding, and not written. A row with nothing to write is left as it is.
+            False is padding, finite, and not written. A row with nothing to write is left as it is.
         draws : integer array (rows, M), optional
             With compat: the bins to keep, in place of drawing them.
 

@@ -24,7 +24,7 @@ from ..core.stored import decode, retrieve_stored
 from .indexes.exact import ExactIndex
 from .overflow import Chunk, Overflow
 from .row import SMALLEST, Row
-from .storage import DTYPES, LEVELS, RAW, computing
+from .storage import COARSEST, DTYPES, LEVELS, RAW, computing
 
 WIDE = ("float32", "float64")  # stored as what is computed with
 STORED_AS = {name: name for name in DTYPES} | {"bfloat16": "int16"}  # its bits: the array API has no bfloat16
@@ -314,7 +314,7 @@ def encode(name: str, numbers: Any, dtype: str) -> dict[str, Any]:
         return {name: cast((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16, xp.int16)}
     if dtype != "int8":
         return {name: cast(numbers, getattr(xp, dtype))}
-    scales = xp.max(xp.abs(numbers), axis=-1) / LEVELS
+    scales = xp.clip(xp.max(xp.abs(numbers), axis=-1) / LEVELS, None, float(COARSEST))
     steps = xp.where(scales > 0, scales, xp.ones_like(scales))[..., None]
     codes = xp.clip(xp.round(numbers / steps), -LEVELS, LEVELS)
     return {name: cast(codes, xp.int8), f"{name}_scales": scales}

@@ -187,7 +187,7 @@ class KNNMemory(Retrieving, Savable):
         rows : sequence of int, optional
             Which rows the first axis stands for, each at most once; all by default.
         mask : bool array (rows, n), optional
-            False is padding: not stored, and no place in the history.
+            False is padding: not stored, and no place in the history. Its numbers have to be finite all the same.
         tags : int array (rows, n) or int, optional
             One integer a token, given back with every neighbour; tokens without one have -1.
 

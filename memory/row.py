@@ -99,15 +99,17 @@ class Row:
 
     def prepare(self, parts: dict[str, np.ndarray], tags: np.ndarray | None) -> tuple[Any, ...]:
         """All of a `write` that can fail, while the row stays as it is; `accept` takes what it returns."""
-        return self.grown(parts["keys"].shape[1], tags is not None), parts, tags
+        n = parts["keys"].shape[1]
+        arrays = self.grown(n, tags is not None)
+        if "tags" in arrays:
+            parts = {**parts, "tags": np.full((1, n), -1) if tags is None else tags[None]}
+        return arrays, parts
 
     def accept(self, prepared: tuple[Any, ...]) -> None:
         """The write that was prepared."""
-        self.arrays, parts, tags = prepared
+        self.arrays, parts = prepared
         n = parts["keys"].shape[1]
         kept = min(n, self.capacity)
-        if "tags" in self.arrays:
-            parts = {**parts, "tags": np.full((1, n), -1) if tags is None else tags[None]}
         done, first = n - kept, (self.written + n - kept) % self.capacity
         while done < n:  # in one piece, or two where the ring closes
             some = min(n - done, self.capacity - first)

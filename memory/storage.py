@@ -9,6 +9,7 @@ import numpy as np
 RAW = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8, "float64": np.float64}
 DTYPES = tuple(RAW)
 LEVELS = 127
+COARSEST = np.nextafter(np.finfo(np.float32).max / np.float32(LEVELS), np.float32(0))  # LEVELS times that is finite
 
 
 def computing(dtype: str) -> np.dtype:
@@ -39,7 +40,7 @@ def encode(name: str, numbers: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
             return {name: ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)}
         if dtype == "int8":
             largest = np.max(np.abs(numbers), axis=-1, initial=0)
-            scales = largest / np.float32(LEVELS)
+            scales = np.minimum(largest / np.float32(LEVELS), COARSEST)
             steps = np.where(scales > 0, scales, 1)[..., None]
             codes = np.clip(np.rint(numbers / steps), -LEVELS, LEVELS)
             return {name: codes.astype(np.int8), f"{name}_scales": scales}

@@ -37,6 +37,41 @@ def filled(index, rng, n=900, capacity=600, **kwargs):
     return memory, keys
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_lists_that_a_failure_left_half_made_are_made_anew(small, rng, monkeypatch, fails_at, dtype):
+    keys, queries = clustered(rng, 700).reshape(1, 1, 700, 8).repeat(2, axis=1), clustered(rng, 9)[None, None]
+    memory = perdure.KNNMemory(1, 2, 8, 600, index="ivf", target_recall=1.0, dtype=dtype)
+    memory.write(keys[:, :, :500], keys[:, :, :500])
+    kind = type(perdure.backends.registry.load("numba").make_lists(2, 8, "ip", np.dtype(dtype)))
+    written, calls = kind.write, []
+
+    def write(*arguments):
+        calls.append(1)
+        if len(calls) == fails_at + 1:
+            raise MemoryError
+        return written(*arguments)
+
+    monkeypatch.setattr(kind, "write", write)
+    for new in (None, keys[:, :, 500:]):  # as lists are made, two heads, and as they go on
+        if new is not None:
+            memory.write(new, new)
+        try:
+            memory.search(queries.repeat(2, axis=1), 8)
+        except MemoryError:
+            memory.search(queries.repeat(2, axis=1), 8)
+    expected = perdure.KNNMemory(1, 2, 8, 600, dtype=dtype)
+    expected.write(keys, keys)
+    wanted, found = (each.search(queries.repeat(2, axis=1), 8).positions for each in (expected, memory))
+    assert len(calls) > fails_at
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_graph_whose_beam_was_widened_claims_no_recall(small, rng):
+    memory, _ = filled("hnsw", rng)
+    assert "recall not measured" in memory.explain()
+
+
 @pytest.mark.parametrize("space", ["ip", "cosine", "l2"])
 @pytest.mark.parametrize("index", APPROXIMATE)
 def test_hits_are_scored_exactly_and_enough(small, rng, index, space):

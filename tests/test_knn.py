@@ -304,3 +304,30 @@ def test_a_tagged_write_that_fails_in_its_second_row_leaves_the_first_untagged(r
     monkeypatch.undo()
     memory.write(keys, values, tags=np.int64(3))
     assert memory.search(keys, k=1).tags.max() == 3
+
+
+def test_int8_holds_the_largest_numbers_there_are():
+    largest = np.finfo(np.float32).max
+    memory = make(rows=1, heads=1, dim=4, dtype="int8")
+    values = np.array([largest, -largest, largest / 2, 0], np.float32)[None, None, None]
+    memory.write(np.ones((1, 1, 1, 4), np.float32), values)
+    found = memory.search(np.ones((1, 1, 1, 4), np.float32), 1).values[0, 0, 0]
+    np.testing.assert_allclose(found / largest, [[1, -1, 0.5, 0]], atol=0.005)
+
+
+def test_nothing_is_left_to_fail_once_a_write_is_accepted(rng, monkeypatch):
+    memory = make(rows=2)
+    keys, values = segment(rng)
+    memory.write(keys, values, tags=1)
+    row = type(memory._rows[0])
+    accepted = row.accept
+
+    def accept(self, prepared):
+        with monkeypatch.context() as patch:
+            for name in ("full", "empty", "zeros"):  # no allocation
+                patch.setattr(np, name, None)
+            accepted(self, prepared)
+
+    monkeypatch.setattr(row, "accept", accept)
+    memory.write(keys, values)
+    assert memory.search(keys, 1).tags.shape == (2, 2, 5, 1)

@@ -123,6 +123,11 @@ def test_gradient_reaches_the_gate_through_the_newest_segment_only():
         ("samples", {"samples": 0}),
         ("density", {"density": "uniform"}),
         ("compat", {"compat": "theirs"}),
+        ("floor", {"floor": float("nan")}),
+        ("width", {"width": 0}),
+        ("centre", {"centre": 7}),
+        ("regulariser", {"regulariser": "a"}),
+        ("sticky", {"sticky": "no"}),
     ],
 )
 def test_wrong_configurations_are_named(argument, options):

@@ -318,6 +318,12 @@ def test_a_layer_holds_parameters_only(name):
     run(layer, tokens(2, LONG))
     assert not list(layer.buffers())
     assert set(layer.state_dict()) == {n for n, _ in layer.named_parameters()}
+    _, memory = run(layer, tokens(2, LONG))
+    before = memory.state_dict()
+    layer.load_state_dict(build(name).half().double().state_dict())
+    layer.half().double()
+    torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
+    layer.load_state_dict(build(name).state_dict())
     copied = copy.deepcopy(layer)
     close(copied(tokens(1, 4))[0], layer(tokens(1, 4))[0])
 

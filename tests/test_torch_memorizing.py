@@ -8,6 +8,7 @@ import torch
 from perdure.bindings.torch import MemorizingAttention
 from perdure.bindings.torch.memorizing import unit
 from perdure.bindings.torch.ops import recall
+from perdure.memory.row import Row
 from torch_layers import DIM, HEADS, SEGMENT, build, run, tokens
 
 from perdure import ArgumentError
@@ -157,6 +158,31 @@ def test_a_past_that_is_gone_is_refused_and_a_repeated_one_is_not():
     layer(x, kept)
 
 
+def test_tensors_are_searched_and_stored_on_their_own_memory(monkeypatch):
+    layer = MemorizingAttention(DIM, HEADS, capacity=20, k=3, segment=SEGMENT)
+    seen = {"search": [], "prepare": []}
+    kept = {name: getattr(Row, name) for name in seen}
+
+    def search(row, queries, k):
+        seen["search"].append(queries)
+        return kept["search"](row, queries, k)
+
+    def prepare(row, parts, tags):
+        seen["prepare"] += [parts["keys"], parts["values"]]
+        return kept["prepare"](row, parts, tags)
+
+    monkeypatch.setattr(Row, "search", search)
+    monkeypatch.setattr(Row, "prepare", prepare)
+    queries, start = torch.randn(2, HEADS, 4, DIM // HEADS), torch.zeros(2, dtype=torch.bool)
+    _, memory = run(layer, tokens(2, SEGMENT).float())
+    recall(memory.token, queries, memory.keys, memory.values, memory.position, start, 3)
+    assert len(seen["search"]) >= 2
+    assert len(seen["prepare"]) == 4
+    assert all(np.shares_memory(array, queries.numpy()) for array in seen["search"][-2:])
+    for array, tensor in zip(seen["prepare"], (memory.keys, memory.values) * 2, strict=True):
+        assert np.shares_memory(array, tensor.numpy())
+
+
 def test_two_futures_of_one_past_are_not_mixed_up():
     layer, x = build("memorizing"), tokens(1, SEGMENT)
     _, past = layer(x)
@@ -241,6 +267,8 @@ def test_half_precision_normalises_vectors_of_any_size(size):
         ("overlap", {"combine": "joint", "window": 4}),
         ("scale", {"scale": 0}),
         ("keys", {"keys": "after"}),
+        ("overlap", {"overlap": "no"}),
+        ("normalize", {"normalize": None}),
         ("projections", {"projections": "tied"}),
     ],
 )

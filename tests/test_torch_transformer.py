@@ -82,6 +82,7 @@ def test_a_saved_memory_continues_bit_by_bit():
         (ArgumentError, "memory", lambda m: m(words(1, 3), m.memory(1)[1])),
         (ArgumentError, "layers", lambda m: MemoryTransformer(11, [])),
         (ArgumentError, "layers", lambda m: MemoryTransformer(11, [torch.nn.Linear(2, 2)])),
+        (ArgumentError, "dropout", lambda m: MemoryTransformer(11, [block.attention for block in m.blocks], dropout=2)),
         (ArgumentError, "state", lambda m: m.memory_from_state_dict({"7.position": torch.zeros(1)})),
     ],
 )

@@ -136,7 +136,11 @@ class ContinuousAttention(TransformerXLAttention):
         self.contraction, self.sticky = checks.number("contraction", contraction, 0, 1), sticky
         self.compat = None if compat is None else checks.choice("compat", compat, COMPATIBLE)
         self.density = "gaussian" if compat else checks.choice("density", density, DENSITIES)
-        self.floor, self.width, self.centre, self.regulariser = floor, width, centre, regulariser
+        self.floor, self.width = checks.positive("floor", floor), checks.positive("width", width)
+        self.centre = None if centre is None else checks.number("centre", centre, 0, 1)
+        self.regulariser = 0.0 if regulariser == 0 else checks.positive("regulariser", regulariser)
+        for name, flag in (("sticky", sticky), ("affine", affine), ("gated", gated)):
+            checks.flag(name, flag)
         self.scheme = Scheme(self.basis, penalty(ridge), checks.count("samples", samples), compat is not None)
         self.bins = original.BINS
         functions = np.stack([self.basis.centers, self.basis.widths])

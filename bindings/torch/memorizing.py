@@ -132,7 +132,8 @@ class MemorizingAttention(SegmentedAttention):
         if positions == "rope":
             even("head_dim", self.head_dim)
         self.nothing, self.index, self.dtype = checks.choice("nothing", nothing, NOTHING), index, dtype
-        self.overlap, self.normalize, self.keys = overlap, normalize, checks.choice("keys", keys, KEYS)
+        self.overlap, self.normalize = checks.flag("overlap", overlap), checks.flag("normalize", normalize)
+        self.keys = checks.choice("keys", keys, KEYS)
         checks.choice("projections", projections, BEGINNINGS)
         self.kv_heads = self.heads if kv_heads is None else checks.count("kv_heads", kv_heads)
         if self.heads % self.kv_heads:

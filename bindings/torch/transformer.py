@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,6 +67,10 @@ class MemoryTransformer(nn.Module):
             raise ArgumentError("layers", "at least one attention layer, and only such", kinds, "See the example.")
         if len({layer.dim for layer in layers}) > 1:
             raise ArgumentError("layers", "one dim", str([layer.dim for layer in layers]), "Build them alike.")
+        if not 0 <= (dropout if isinstance(dropout, int | float) else math.nan) < 1:
+            raise ArgumentError(
+                "dropout", "a number from 0 to below 1", repr(dropout), "Pass dropout=0.1, for example."
+            )
         dim = layers[0].dim
         self.embedding = nn.Embedding(checks.count("vocabulary", vocabulary), dim)
         self.blocks = nn.ModuleList(Block(layer, checks.count("hidden", hidden) * dim, dropout) for layer in layers)

@@ -53,6 +53,10 @@ class Audit:
         asked, self.waiting = np.concatenate(self.waiting, axis=1), []
         return asked
 
+    def explain(self) -> str:
+        found = f"recall {self.recall:.3f} of {self.audited} queries audited" if self.audited else "recall not measured"
+        return f"{found}, target {self.target}"
+
     def trust(self, turnovers: float) -> float:
         """What the audits so far still count, now that there is another one."""
         moved = 0.0 if math.isnan(self.last) else max(turnovers - self.last, 0.0)

@@ -49,9 +49,10 @@ class AutoIndex:
 
     def state(self) -> dict[str, np.ndarray]:
         """What is chosen, on what grounds, and the chosen index's own state."""
-        which = list(self.make).index(self.name)
-        numbers = [which, self.queries, self.written, self.searches, self.seen, self.probed, bool(self.refused)]
-        return {"auto": np.array(numbers, np.float64), **self.index.state()}
+        with self.lock:
+            which = list(self.make).index(self.name)
+            numbers = [which, self.queries, self.written, self.searches, self.seen, self.probed, bool(self.refused)]
+            return {"auto": np.array(numbers, np.float64), **self.index.state()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         if not state:  # of a memory on a device, which has no index

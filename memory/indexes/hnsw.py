@@ -56,8 +56,9 @@ class HNSWIndex:
 
     def state(self) -> dict[str, np.ndarray]:
         """The beam width, the measured recall, and what graphs are over: they are built again, the same."""
-        runs = np.array([*self.graphs, *self.saved], np.int64).reshape(-1, 2)
-        return {"ef": np.array([self.ef], np.int64), "runs": runs, **self.audit.state(self.heads, self.dim)}
+        with self.lock:  # a reader may be building what was saved
+            runs = np.array([*self.graphs, *self.saved], np.int64).reshape(-1, 2)
+            return {"ef": np.array([self.ef], np.int64), "runs": runs, **self.audit.state(self.heads, self.dim)}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         ef = state.get("ef", np.empty(0))
@@ -78,8 +79,7 @@ class HNSWIndex:
     def explain(self) -> str:
         return (
             f"{len(self.graphs)} graphs over {sum(last - first for first, last in self.graphs)} tokens, "
-            f"beam {self.ef}, the rest exact; "
-            f"recall {self.audit.recall:.3f} of {self.audit.audited} queries audited, target {self.audit.target}"
+            f"beam {self.ef}, the rest exact; {self.audit.explain()}"
         )
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -191,11 +191,13 @@ class IVFIndex:
         if make is None:
             self.lists = None
         elif self.lists is None:
-            self.rebuild(row, make)
+            self.lists = self.made(row, make)
         elif self.followed < row.written:
-            for made in self.lists:
+            lists, self.lists = self.lists, None  # made anew by the next search, should this one fail half-way
+            for made in lists:
                 made.forget(row.oldest)
-            self.append(row, max(self.followed, row.oldest), written_since(row, self.followed))
+            self.append(lists, row, max(self.followed, row.oldest), written_since(row, self.followed))
+            self.lists = lists
         self.followed = row.written
 
     def retrain(self, row: Ring) -> None:
@@ -221,16 +223,17 @@ class IVFIndex:
             for h in range(self.heads):
                 self.labels[h, slots] = nearest(keys[h], self.centroids[h])
 
-    def rebuild(self, row: Ring, make: Any) -> None:
+    def made(self, row: Ring, make: Any) -> list[Any]:
         """The lists over all that is stored, oldest first."""
         _, count, dim = self.centroids.shape
-        self.lists = [make(count, dim, self.space, self.given[3]) for _ in range(self.heads)]
-        self.append(row, row.oldest, written_since(row, row.oldest))
+        lists = [make(count, dim, self.space, self.given[3]) for _ in range(self.heads)]
+        self.append(lists, row, row.oldest, written_since(row, row.oldest))
+        return lists
 
-    def append(self, row: Ring, position: int, ranges: list[slice]) -> None:
+    def append(self, lists: list[Any], row: Ring, position: int, ranges: list[slice]) -> None:
         for slots in ranges:
             keys = self.numbers(row, (slice(None), slots))
-            for h, made in enumerate(self.lists):
+            for h, made in enumerate(lists):
                 made.write(keys[h], position, self.labels[h, slots])
             position += slots.stop - slots.start
 
