@@ -1,4 +1,4 @@
-"""The page of an explanation, taken apart as a browser would: its text, its marks, and that it needs nothing else."""
+"""Explanations tell the text that was drawn on; their page, taken apart as a browser would, needs nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import json
 import re
 from html.parser import HTMLParser
 
-from decoders import hostile_explanation
+import pytest
+import torch
+from decoders import Letters, attach, generated, hostile_explanation, llama, logits
+from perdure.bindings.transformers import Explanation
+from perdure.bindings.transformers.trace import Draw
+
+import perdure
 
 
 class Page(HTMLParser):
@@ -56,7 +62,9 @@ def test_the_page_shows_both_texts_with_what_was_drawn_on_marked():
     assert page.marks == {f"m{position}": document[position] for position in drawn}
     assert page.buttons == {str(token): answer[token] for token, draws in told.draws.items() if draws}
     data = json.loads(re.search(r"const draws = (\{.*?\}), list", page.script)[1])
-    assert data == {str(t): [[d.position, d.weight, d.layer, d.head] for d in ds] for t, ds in told.draws.items()}
+    assert data == {
+        str(t): [[d.position, d.weight, d.layer, d.head, d.score] for d in ds] for t, ds in told.draws.items()
+    }
 
 
 def test_the_page_needs_nothing_else():
@@ -64,3 +72,148 @@ def test_the_page_needs_nothing_else():
     assert not {name for name, _ in page.attributes} & {"src", "href", "srcset", "action", "onclick"}
     assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch|XMLHttp|eval", page.script.lower())
     assert not re.search(r"https?:|@import|url\(", hostile_explanation().html().partition("<script>")[0])
+
+
+# ---- characters of several tokens -----------------------------------------------------------------------------------
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_characters_of_several_tokens_are_shown_whole():
+    text = "naïve café 記憶 ∑x"
+    ids = list(text.encode())
+    draws = {t: [Draw(p, 0.5, 0, 0, 1.0) for p in range(len(ids))] for t in range(len(ids))}
+    told = Explanation(ids, ids, draws, Bytes())
+    page = Page(told.html())
+    assert page.texts[1] == text
+    assert page.texts[0].replace("◦", "") == text
+    assert page.marks["m3"] == "ï"
+    at = len("naïve café ".encode())
+    assert [page.marks[f"m{at + i}"] for i in range(6)] == ["記"] * 3 + ["憶"] * 3
+    assert "�" not in told.html() + str(told)
+    assert f"token {at + 1}: …aïve café «記»憶 ∑x…" in told.passage(draws[0][at + 1])
+
+
+def test_bytes_that_are_no_character_and_ids_that_are_not_known_are_shown_as_such():
+    told = Explanation([120, 255, 255, 255, 255, 255, 121, -1, -1], [120], {1: [Draw(3, 1.0, 0, 0, 1.0)]}, Bytes())
+    assert "«�»" in told.passage(told.draws[1][0])
+    page = Page(told.html())
+    assert page.texts[1] == "x" + "�" * 5 + "y▯▯"
+    assert page.buttons == {"1": "what comes next"}
+
+
+# ---- whose text is told ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def remembering(**settings):
+    return attach(llama(num_hidden_layers=1), **{"tokenizer": Letters(), "k": 4, "window": 8, "sinks": 0, **settings})
+
+
+def test_rejected_drafts_are_no_part_of_the_answer():
+    memory = remembering()
+    prompt = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    with memory.tracing(keep=4) as trace:
+        answer = generated(memory.model, prompt, do_sample=False, prompt_lookup_num_tokens=4)
+    written = [*prompt[0].tolist(), *answer[0].tolist()]
+    assert trace.ids() == written[:-1]
+    assert sum(segment.ids.shape[1] for segment in trace._segments) > len(written) - 1  # some were rejected
+    told = memory.explain()
+    assert told.document == written[:-1]
+    assert list(told.draws) == list(range(1, len(written)))
+    for token, draws in told.draws.items():
+        assert all(draw.position < token for draw in draws)
+    assert told.draws[len(written) - 1]
+
+
+def test_beams_are_not_explained(ids):
+    memory = remembering()
+    memory.read_document(ids[:1, :20], progress=False)
+    with memory.tracing():
+        generated(memory.model, ids[:1, 20:30], num_beams=3, do_sample=False)
+    with pytest.raises(perdure.ArgumentError, match="explain: expected rows that are each one text, got beams"):
+        memory.explain()
+    with memory.tracing():
+        generated(memory.model, ids[:1, 20:30].expand(3, -1), do_sample=True)
+    assert memory.explain(row=2).draws
+
+
+def test_memories_of_a_cache_are_told_by_the_tokens_that_went_through_it(ids):
+    """Several questions in one trace, one of them padded, after a document that grows later."""
+    memory = remembering()
+    memory.read_document(ids[:, :12], progress=False)
+    questions, mask = ids[:, 12:30].clone(), torch.ones(2, 18, dtype=torch.int64)
+    mask[1, :5] = questions[1, :5] = 0
+    written, first = [], 0
+    with memory.tracing(keep=4) as trace:
+        for part, there in ((questions, mask), (ids[:, 30:], torch.ones_like(ids[:, 30:]))):
+            answer = generated(memory.model, part, attention_mask=there, do_sample=False)
+            kept = torch.cat([there.bool(), torch.ones(2, 14, dtype=torch.bool)], dim=1)
+            fed = torch.cat([part, answer[:, :-1]], dim=1)
+            written.append([fed[row][kept[row]].tolist() for row in range(2)])
+    memory.read_document(ids[:, :9], progress=False)
+    for row in range(2):
+        told, tails = memory.explain(row=row, most=100), 0
+        assert told.document == [*ids[row, :12].tolist(), *written[0][row], *written[1][row]]
+        for token, draws in told.draws.items():
+            second = token - 1 >= 18 + 14
+            first = 12 + second * len(written[0][row])
+            for ours, raw in zip(draws, trace.draws(token - 1, row), strict=True):
+                expected = raw.position if raw.position < 12 else first + raw.position - 12
+                assert ours.position == expected < len(told.document)
+                tails += raw.position >= 12
+        assert tails
+
+
+def test_tokens_cached_before_a_trace_are_told_as_unknown(ids):
+    memory = remembering()
+    with torch.no_grad():
+        cache = memory.model(ids[:1, :20], use_cache=True).past_key_values
+        with memory.tracing():
+            memory.model(ids[:1, 20:], past_key_values=cache)
+    told = memory.explain(20)
+    assert told.document == [-1] * 20 + ids[0, 20:].tolist()
+    assert any(draw.position < 20 for draw in told.draws[20])
+    assert "«▯»" in str(told)
+
+
+def test_a_memory_that_was_cleared_is_told_as_it_was(ids):
+    memory = remembering()
+    memory.read_document(ids[:1, :30], progress=False)
+    with memory.frozen(), memory.tracing():
+        logits(memory.model, ids[:1, 30:])
+    before = str(memory.explain())
+    memory.clear()
+    memory.read_document(ids[1:, :30], progress=False)
+    assert str(memory.explain()) == before
+
+
+def test_embedded_tokens_are_told_as_unknown(ids):
+    memory = remembering()
+    with torch.no_grad():
+        memory.model(inputs_embeds=memory.model.get_input_embeddings()(ids[:1, :20]), use_cache=False)
+    with memory.frozen(), memory.tracing():
+        logits(memory.model, ids[:1, 20:])
+    assert "«▯»" in str(memory.explain(3))
+
+
+def test_tokens_and_rows_that_were_not_traced_are_refused(ids):
+    memory = remembering()
+    memory.read_document(ids[:1, :30], progress=False)
+    with memory.frozen(), memory.tracing() as trace:
+        logits(memory.model, ids[:1, 30:])
+    for call in (lambda: memory.explain(row=1), lambda: trace.draws(0, row=1)):
+        with pytest.raises(perdure.ArgumentError, match=r"^row: expected a number below 1"):
+            call()
+    with pytest.raises(perdure.ArgumentError, match=r"^token: expected a whole number of at most 10"):
+        memory.explain(11)
+    assert str(memory.explain(10)).startswith("what comes next drew on")

@@ -134,6 +134,14 @@ def test_a_memory_is_loaded_only_where_it_means_something(ids, tmp_path):
     with torch.no_grad():
         strange.model.layers[2].self_attn.v_proj.weight.mul_(1.5)
     refused(attached(strange), file, perdure.ArgumentError, "^model: expected the model that .* other weights")
+    for settings in ({"rms_norm_eps": 1e-2}, {"hidden_act": "gelu"}, {"sliding_window": 7}):
+        told = rf"^model: expected the model that .* other settings \({next(iter(settings))}\)"
+        refused(attached(llama(**settings)), file, perdure.ArgumentError, told)
+    moved = llama()
+    with torch.no_grad():
+        moved.model.embed_tokens.weight.mul_(1.01)
+    refused(attached(moved), file, perdure.ArgumentError, "^model: expected the model that .* other weights")
+    attached(llama().to(torch.float16)).load(file)
     drawn_anew = llama()
     with torch.no_grad():
         drawn_anew.model.layers[0].mlp.up_proj.weight.normal_()

@@ -22,6 +22,7 @@ from .seam import BASES, GATE, SCALE, hook, implementation
 
 ATTACHED = "perdure_memory"  # the attribute of an attached model that holds its memory
 SINKS = 4
+ATTENDING = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers, as configured
 BOTH_WAYS = (("is_causal", False), ("use_bidirectional_attention", True))  # what configurations say of it
 OTHERS = re.compile("Mamba|SSM|Recurrent|LinearAttention|Lightning|DeltaNet|ShortConv|Rwkv|RetNet")  # carry a state
 MIXINGS, POSITIONS = ("joint", "gate"), ("true", "clamped", "constant")
@@ -139,6 +140,7 @@ def attach(
     if device_capacity is not None:
         checks.count("device_capacity", device_capacity)
     config = model.config.get_text_config(decoder=True)
+    checks.addressable(capacity=capacity, layers=len(chosen), heads=config.num_attention_heads, bytes=8)
     context = config.max_position_embeddings
     if distance is None:
         distance = max(context // 2, 1) if positions == "clamped" else window
@@ -244,6 +246,8 @@ def find_attentions(model: nn.Module) -> dict[int, nn.Module]:
         raise ArgumentError("model", "a decoder with causal self-attention", type(model).__name__, remedy)
     total = getattr(config, "num_hidden_layers", len(found))
     others = {type(module).__name__ for module in model.modules() if OTHERS.search(type(module).__name__)}
+    others |= set(getattr(config, "layer_types", None) or ()) - ATTENDING
+    others |= {"a state" for module in model.modules() if getattr(module, "_is_stateful", False)}
     if len(every) != len(found) or len(found) < total or others:
         received = f"{len(every)} in {total} layers" + (f", and {', '.join(sorted(others))}" if others else "")
         remedy = "Attach memory to a model whose only memory of earlier tokens is attention, once a layer."

@@ -44,6 +44,7 @@ class WindowLayer(DynamicLayer):
         self.window, self.tail = window if sliding is None else min(window, sliding - 1), tail
         self.slack = self.window // SLACK if sliding is None else 0
         self.cumulative_length = 0  # tokens ever cached and not cropped
+        self.reordered = False  # whether rows have changed places
         self.notes: torch.Tensor | None = None  # (rows, cached, 2): where each token stands, and whether it is present
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -111,6 +112,7 @@ class WindowLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
+        self.reordered |= beam_idx.tolist() != list(range(len(beam_idx)))
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -13,8 +13,8 @@ from ...backends.errors import ArgumentError, ShapeError
 Progress = bool | Callable[[int], Any]  # show a bar or not; or what to call with the tokens of each window
 
 
-def token_ids(text_or_ids: Any, tokenizer: Any) -> torch.Tensor:
-    """Text or integers as ids (rows, n).
+def token_ids(text_or_ids: Any, tokenizer: Any, opening: bool = False) -> torch.Tensor:
+    """Text or integers as ids (rows, n); an `opening` text begins with what the tokenizer begins texts with.
 
     Raises
     ------
@@ -24,7 +24,10 @@ def token_ids(text_or_ids: Any, tokenizer: Any) -> torch.Tensor:
         if tokenizer is None:
             remedy = "Pass attach(model, tokenizer=...), or token ids."
             raise ArgumentError("text_or_ids", "token ids, as no tokenizer is attached", "text", remedy)
-        text_or_ids = tokenizer(text_or_ids, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(text_or_ids, add_special_tokens=False, verbose=False)["input_ids"]
+        first = getattr(tokenizer, "bos_token_id", None)
+        begins = opening and first is not None and list(tokenizer("")["input_ids"])[:1] == [first]
+        text_or_ids = [first, *ids] if begins and list(ids[:1]) != [first] else ids
     try:
         ids = torch.as_tensor(text_or_ids)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from ...backends.errors import FileError
 from .trace import Draw
 
 AROUND = 12  # tokens shown on each side of a memory
+CUT = "\ufffd"  # what decoding makes of a character of which tokens are missing
+LONGEST = 4  # tokens that a character may take
+CONTINUED, UNKNOWN = "◦", "▯"  # shown for a token that ends what another began, and for one that is not known
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,12 @@ class Explanation:
     Attributes
     ----------
     document : sequence of int
-        Ids of all that was read, memories first; positions of draws count in it.
+        Ids of all that could be drawn on, what was read first; positions of draws count in it, and -1 is not known.
     answer : sequence of int
         Ids of the tokens that were traced.
     draws : dict of int to list of Draw
-        For some of these tokens, by their number, the memories that its prediction drew on, strongest first.
+        For some of these tokens, by their number, the memories that its prediction drew on, strongest first; their
+        number is that of the one that comes next.
     tokenizer : object
         With `decode(ids)`.
     """
@@ -40,7 +45,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = []
         for token, draws in self.draws.items():
-            told = self._text(self.answer[token : token + 1])
+            told = self._text(self.answer[slice(*self._whole(self.answer, token))])
             lines.append(f"token {token}, {told!r}, drew on" if token < len(self.answer) else "what comes next drew on")
             lines += [
                 f"  {d.weight:4.0%}  layer {d.layer}, head {d.head}, score {d.score:.1f}  {self.passage(d)}"
@@ -51,14 +56,10 @@ class Explanation:
 
     def passage(self, draw: Draw) -> str:
         """The text around the memory of a `draw`, which stands between guillemets, on one line."""
-        at = draw.position
-        parts = (
-            self.document[max(at - AROUND, 0) : at],
-            self.document[at : at + 1],
-            self.document[at + 1 : at + 1 + AROUND],
-        )
+        start, end = self._whole(self.document, draw.position)
+        parts = (self.document[max(start - AROUND, 0) : start], self.document[start:end], self.document[end:][:AROUND])
         before, here, after = (self._text(part).replace("\n", "⏎") for part in parts)
-        return f"token {at}: …{before}«{here}»{after}…"
+        return f"token {draw.position}: …{before.lstrip(CUT)}«{here}»{after.rstrip(CUT)}…"
 
     def save_html(self, path: str | Path) -> Path:
         """Write a page to `path` that needs nothing but a browser: choose a token, and see what it drew on.
@@ -80,15 +81,25 @@ class Explanation:
         drawn = sorted(
             {draw.position for draws in self.draws.values() for draw in draws if draw.position < len(self.document)}
         )
-        document, end = [], 0
+        together: list[tuple[int, int, list[int]]] = []  # memories of tokens that share a character
         for position in drawn:
-            document.append(html.escape(self._text(self.document[end:position])))
-            document.append(
-                f'<span id="m{position}">{html.escape(self._text(self.document[position : position + 1]))}</span>'
-            )
-            end = position + 1
-        document.append(html.escape(self._text(self.document[end:])))
-        answer = [self._answer_token(token) for token in range(len(self.answer))]
+            start, end = self._whole(self.document, position)
+            inside = [position]
+            if together and start < together[-1][1]:
+                before, earlier, others = together.pop()
+                start, end, inside = before, max(end, earlier), [*others, position]
+            together.append((start, end, inside))
+        document, done = [], 0
+        for start, end, inside in together:
+            marks = "".join(f'<span id="m{position}">' for position in inside)
+            document.append(html.escape(self._text(self.document[done:start])))
+            document.append(marks + html.escape(self._text(self.document[start:end])) + "</span>" * len(inside))
+            done = end
+        document.append(html.escape(self._text(self.document[done:])))
+        answer, done = [], 0
+        for token in range(len(self.answer) + 1):
+            start, done = done, max(done, self._whole(self.answer, token)[1])
+            answer.append(self._answer_token(token, self._text(self.answer[start:done])))
         data = {
             token: [[d.position, round(d.weight, 4), d.layer, d.head, round(d.score, 2)] for d in draws]
             for token, draws in self.draws.items()
@@ -96,14 +107,27 @@ class Explanation:
         parts = {"DATA": json.dumps(data), "ANSWER": "".join(answer), "DOCUMENT": "".join(document)}
         return re.sub("|".join(parts), lambda found: parts[found[0]], PAGE)  # at once: a text may hold these words
 
-    def _answer_token(self, token: int) -> str:
-        text = html.escape(self._text(self.answer[token : token + 1]))
+    def _answer_token(self, token: int, text: str) -> str:
         if not self.draws.get(token):
-            return text
+            return html.escape(text)
+        text = html.escape(text) or (CONTINUED if token < len(self.answer) else "what comes next")
         return f'<button data-token="{token}" style="--w:{self.draws[token][0].weight:.3f}">{text}</button>'
 
+    def _whole(self, ids: Sequence[int], at: int) -> tuple[int, int]:
+        """The fewest of the `ids`, from which to which, that hold whole the characters that token `at` is part of."""
+        around = [
+            (start, end)
+            for start in range(max(at - LONGEST + 1, 0), at + 1)
+            for end in range(at + 1, min(at + LONGEST, len(ids)) + 1)
+        ]
+        for start, end in sorted(around, key=lambda span: span[1] - span[0]):
+            if CUT not in self._text(ids[start:end]):
+                return start, end
+        return at, min(at + 1, len(ids))
+
     def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode([i for i in ids if i >= 0])  # -1 was given as embeddings
+        known = itertools.groupby(ids, key=lambda i: i != -1)
+        return "".join(self.tokenizer.decode(list(some)) if k else UNKNOWN * len(list(some)) for k, some in known)
 
 
 PAGE = """<!doctype html>

@@ -150,7 +150,7 @@ class LayerMemory:
         Raises
         ------
         ArgumentError
-            Another is held that came with this forward pass, or where a backward pass computes it `again`, another.
+            Another is held that came with this forward pass; or a backward pass computes `again` what is not held.
         """
         key, value = key.detach(), value.detach()
         checks.measurable(keys=key)
@@ -158,8 +158,10 @@ class LayerMemory:
         if self.staged is not None and not again:
             remedy = "Attach memory to a model whose layers attend once."
             raise ArgumentError("model", f"one call of layer {self.index}", "another in the same forward pass", remedy)
-        if self.staged is not None and not alike(key, self.staged[0]):
-            remedy = "With gradient checkpointing, call backward after each forward pass."
+        if again and (self.staged is None or not alike(key, self.staged[0])):
+            remedy = (
+                "With gradient checkpointing, call backward after each forward pass, before anything is remembered."
+            )
             raise ArgumentError("backward", "that of the newest forward pass", "that of an earlier one", remedy)
         self.staged = key, value, angles
 

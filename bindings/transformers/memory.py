@@ -57,6 +57,7 @@ class ModelMemory(Keeping):
         self.last_trace: Trace | None = None
         self.restore: Any = None  # what detach needs
         self.staging, self.retrieving = False, True
+        self.inside = self.recomputed = False  # a forward pass is under way; its layers will be computed once more
         beside = settings["recent"] and limit is None  # what is recent keeps its distance, so positions go on
         self._shifting, self._bounded = bool(positions != "constant" or beside), positions == "clamped"
         self._limit, self._frozen = limit, False
@@ -110,8 +111,8 @@ class ModelMemory(Keeping):
         Parameters
         ----------
         text_or_ids : str, or integers (n,) or (rows, n)
-            Text needs the tokenizer given to `attach`, which adds no special tokens to it: a model that expects one at
-            the beginning is to be given ids that begin with it.
+            Text needs the tokenizer given to `attach`. Where nothing was read before, it begins with the token that
+            the tokenizer begins texts with, if there is one, as Llama's and Gemma's have; ids are read as they are.
         progress : bool or callable
             Show a progress bar on the terminal; or a function to call with the number of tokens of each window.
         score : bool
@@ -124,15 +125,25 @@ class ModelMemory(Keeping):
         -------
         int or float32 tensor (rows, n)
             Tokens read, or with `score` the loss of every token in nats: -log p(token | window and memory); NaN for
-            the first, which nothing predicts. Inside `frozen` every window is read, and nothing is remembered.
+            the first, which nothing predicts. Inside `frozen` every window is scored, and nothing is remembered.
 
         Raises
         ------
         ArgumentError, ShapeError
-            Text without a tokenizer, ids that are not integers of at most two axes, or `score` for a model without
-            a language-model head.
+            Text without a tokenizer, ids that are not integers of at most two axes or that the model does not know,
+            `score` for a model without a language-model head, or nothing to do, as memory is frozen.
         """
-        ids = token_ids(text_or_ids, self.tokenizer).to(next(self.model.parameters()).device)
+        if self._frozen and not score:
+            remedy = "Read outside of frozen(), or pass score=True."
+            raise ArgumentError("read_document", "memory that may be written", "a frozen one", remedy)
+        ids = token_ids(text_or_ids, self.tokenizer, opening=not any(self.history))
+        known = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            received = f"ids from {int(ids.min())} to {int(ids.max())}"
+            raise ArgumentError(
+                "text_or_ids", f"ids from 0 to {known - 1}", received, "Pass ids of this model's tokenizer."
+            )
+        ids = ids.to(next(self.model.parameters()).device)
         heads = self.model.get_output_embeddings() is not None
         if score and not heads:
             remedy = "Attach memory to the model with its language-model head."
@@ -162,13 +173,14 @@ class ModelMemory(Keeping):
     def tracing(self, keep: int = 1) -> Iterator[Trace]:
         """Record what every token draws from, the `keep` nearest memories of a head, inside the `with` block.
 
-        Tokens are those that the model is given: drafts that assisted decoding rejects are among them, and in beam
-        search rows are beams as they stand at that step.
+        Tokens are those that the model is given, but for drafts that assisted decoding rejects. In beam search, rows
+        are beams as they stand at each step, which `explain` refuses to call a text.
         """
         before, self.trace = self.trace, Trace(keep)
         try:
             yield self.trace
         finally:
+            self.trace.end()
             self.last_trace, self.trace = self.trace, before
 
     def explain(self, token: int | None = None, row: int = 0, most: int = 5) -> Explanation:
@@ -187,33 +199,44 @@ class ModelMemory(Keeping):
         Raises
         ------
         ArgumentError
-            No tokenizer is attached, nothing was traced, or not that token or row.
+            No tokenizer is attached, nothing was traced, not that token or row, or a beam search.
         """
         trace = self.trace or self.last_trace
         if self.tokenizer is None or trace is None or not trace.tokens:
             expected, received = "a tokenizer and a trace", "no tokenizer" if self.tokenizer is None else "no trace"
             remedy = "Pass attach(model, tokenizer=...), and call the model inside memory.tracing()."
             raise ArgumentError("explain", expected, received, remedy)
-        if checks.count("row", row, least=0) >= max(trace.rows, 1):
+        if trace.reordered:
+            remedy = "Search outside of memory.tracing(), then call the model with the answer inside it."
+            raise ArgumentError("explain", "rows that are each one text", "beams, which change places", remedy)
+        if checks.count("row", row, least=0) >= trace.rows:
             raise ArgumentError("row", f"a number below {trace.rows}", repr(row), "Name a row that was traced.")
-        chosen = range(1, trace.tokens) if token is None else [checks.count("token", token)]
-        draws = {t: trace.draws(t - 1, row)[: checks.count("most", most)] for t in chosen}
-        history = trace.history
-        document = history[row * len(history) // max(trace.rows, 1)] if history else []
-        return Explanation([*document, *trace.ids(row, padding=False)], trace.ids(row), draws, self.tokenizer)
+        every = range(1, trace.tokens + 1)
+        chosen = every if token is None else [checks.count("token", token, most=trace.tokens)]
+        document, drawn = trace.told(row)
+        draws = {t: drawn(t - 1)[: checks.count("most", most)] for t in chosen}
+        return Explanation(document, trace.ids(row), draws, self.tokenizer)
 
     def begin(self, given: dict[str, Any]) -> dict[str, Any]:
         """Called with what a forward pass is `given`; returns it with positions that continue the history."""
         self.settle()
         self._drop_staged()
+        self.inside = True
         cache, caching = given.get("past_key_values"), given.get("use_cache")
         if cache is None and caching:
             cache = given["past_key_values"] = DynamicCache(config=self.model.config)
         given["use_cache"] = caching = cache is not None if caching is None else caching
         self.staging = cache is None and not caching and not self._frozen
+        again = torch.is_grad_enabled() and self.model.training and cache is None
+        self.recomputed = again and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, n = tokens.shape[:2]
         self._check(rows, cache)
+        config = self.model.config.get_text_config(decoder=True)
+        weights = given.get("output_attentions", getattr(config, "output_attentions", False))
+        if weights and (cache is not None or self.tokens.any()):
+            remedy = "Record what is drawn from memory with memory.tracing(), or call detach(model) first."
+            raise ArgumentError("output_attentions", "False while there are memories", "True", remedy)
         mask = present(given.get("attention_mask"), n)
         positions = given.get("position_ids")
         if positions is None:
@@ -241,7 +264,11 @@ class ModelMemory(Keeping):
             most = self._of_rows(self.following, rows) + self.window
             self.nearest = torch.minimum(positions, most) if bool((positions > most).any()) else None
         if self.trace is not None:
-            self.trace.begin(n, given.get("input_ids"), mask, self.history)
+            full = given.get("attention_mask")  # of what the cache holds too
+            held = 0 if cache is None else cache.get_seq_length()
+            known = full is not None and held and full.shape[1] == held + n
+            earlier = full[:, :held].sum(dim=1).tolist() if known else None
+            self.trace.begin((rows, n), given.get("input_ids"), mask, self.history, cache, earlier)
         return given
 
     def tail(self, index: int) -> LayerMemory | None:
@@ -258,12 +285,9 @@ class ModelMemory(Keeping):
         for layer in getattr(self._cache, "layers", ()):
             if isinstance(layer, WindowLayer):
                 layer.settle(self.positions, self._mask)
-        again = torch.is_grad_enabled() and self.model.training
-        self.deferred = again and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        self.inside, self.deferred = False, self.recomputed
         if not self.deferred:
             self._commit()
-        if self.trace is not None:
-            self.trace.history = list(self.history)
 
     def settle(self) -> None:
         """Write what has been read, if that was put off."""
@@ -288,9 +312,10 @@ class ModelMemory(Keeping):
             Some of the layers were not called.
         """
         self.deferred = False
-        staged = [i for i, layer in self.layers.items() if layer.staged is not None]
-        if not staged:
+        if not self.staging:  # kept only to tell one backward pass from another
+            self._drop_staged()
             return
+        staged = [i for i, layer in self.layers.items() if layer.staged is not None]
         if len(staged) < len(self.layers):
             self._drop_staged()
             remedy = "Set layerdrop to 0: what a layer has not read it cannot remember."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,8 @@ Path = str | os.PathLike[str]
 KIND, ADAPTER = "ModelMemory", "perdure adapter 1"
 PROBE = "The naïve café, 1984:\n\tdef  f(x): return x**2 # ∑∞ 記憶"
 SAMPLED, CLOSE = 16, 0.02  # numbers of a weight matrix that tell a model from another, in half precision too
+ROUNDED = 0.006, 1e-4  # of a number itself, and of the largest beside it: what half precision may do to a weight
+TELLING = re.compile("multiplier|scal|eps$|_act$|activation|alibi")  # settings
 
 
 def save_memory(memory: ModelMemory, path: Path) -> None:
@@ -87,21 +90,24 @@ def agree(memory: ModelMemory, config: dict[str, Any], arrays: dict[str, np.ndar
             raise ArgumentError(name, f"{saved!r}, as the memory was saved with", repr(value), remedy)
     remedy = "Keys and values mean nothing to another model: load that model, or read the document again."
     expected, other = "the model that the memory was read with", None
-    if config.get("attention") != attention_of(memory.model):
-        other = "one of other attention"
+    told, kept = attention_of(memory.model), config.get("attention") or {}
+    unlike = [name for name in told if name in kept and kept[name] != told[name]]
+    if unlike or not kept:
+        other = f"one of other settings ({', '.join(unlike)})"
     for i, layer in memory.layers.items():
         if not close(arrays.get(f"layers.{i}.rotation"), list(rotation(layer))):
             other = f"one whose layer {i} turns keys otherwise"
-    if not close(arrays.get("weights"), samples(memory.model)):
+    if not close(arrays.get("weights"), samples(memory.model), *ROUNDED):
         other = "one of other weights"
     if other is not None:
         raise ArgumentError("model", expected, other, remedy)
 
 
-def attention_of(model: Any) -> list[Any]:
-    """What a configuration says of how its layers attend, as JSON gives it back."""
-    config = model.config.get_text_config(decoder=True)
-    told = [getattr(config, name, None) for name in ("model_type", "layer_types", "sliding_window")]
+def attention_of(model: Any) -> dict[str, Any]:
+    """What a configuration says of how its layers compute, beside weights and rotation, as JSON gives it back."""
+    config = model.config.get_text_config(decoder=True).to_dict()
+    told = {name: value for name, value in config.items() if TELLING.search(name) and name != "rope_scaling"}
+    told |= {name: config.get(name) for name in ("model_type", "layer_types", "sliding_window")}
     return json.loads(json.dumps(told, default=str))
 
 
@@ -113,13 +119,16 @@ def rotation(layer: LayerMemory) -> np.ndarray:
     return np.concatenate([np.arctan2(sin, cos), np.hypot(sin, cos)])[:, None]
 
 
-def close(kept: np.ndarray | None, own: list[np.ndarray]) -> bool:
-    """Whether `kept`, one after another, are the same numbers, but for what half precision makes of them."""
+def close(kept: np.ndarray | None, own: list[np.ndarray], itself: float = 0.0, largest: float = CLOSE) -> bool:
+    """Whether `kept`, one after another, are the same but for `itself` of each number and `largest` of the largest."""
     ends = np.cumsum([len(part) for part in own])
     if kept is None or kept.shape != (ends[-1],):
         return False
     parts = zip(np.split(kept, ends[:-1]), own, strict=True)
-    return all(np.abs(theirs - ours).max(initial=0) <= CLOSE * np.abs(ours).max(initial=0) for theirs, ours in parts)
+    return all(
+        (np.abs(theirs - ours) <= itself * np.abs(ours) + largest * np.abs(ours).max(initial=0)).all()
+        for theirs, ours in parts
+    )
 
 
 def fingerprint(tokenizer: Any) -> str | None:
@@ -135,7 +144,7 @@ def samples(model: nn.Module) -> list[np.ndarray]:
     """A few numbers of each of a model's weights, float32, but for what memory learns."""
     named = sorted(model.named_parameters())
     weights = [p.detach().flatten() for n, p in named if n.rpartition(".")[2] not in (GATE, SCALE) and not p.is_meta]
-    return [w[:: max(len(w) // SAMPLED, 1)].float().cpu().numpy() for w in weights]
+    return [w[:: len(w) // SAMPLED | 1].float().cpu().numpy() for w in weights]  # odd: not from one column alone
 
 
 def within(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

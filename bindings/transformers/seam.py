@@ -82,8 +82,12 @@ def attention(
     if perdure_seam is None:
         return own()
     seam, layer = perdure_seam, perdure_seam.layer
+    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        remedy = "Attach memory to a model whose attention is a softmax of scaled scores."
+        raise ArgumentError("model", f"attention without {unknown[0]}", type(module).__name__, remedy)
     if seam.staging:
-        layer.stage(key, value, seam.angles, seam.memory.deferred)
+        layer.stage(key, value, seam.angles, not seam.memory.inside)
     memories = [memory for memory in (layer, seam.tail) if memory is not None and not memory.empty]
     if not memories:
         output, weights = own()
@@ -94,10 +98,6 @@ def attention(
         return output, weights
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     at_hand = read_locally(query, key, value, attention_mask, scale)
-    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
-    if unknown:
-        remedy = "Attach memory to a model whose attention is a softmax of scaled scores."
-        raise ArgumentError("model", f"attention without {unknown[0]}", type(module).__name__, remedy)
     if kwargs.get("s_aux") is not None:  # a score of each head that takes its part of the softmax, and gives nothing
         idle = kwargs["s_aux"].to(at_hand.lse.dtype)[:, None].expand_as(at_hand.lse)
         at_hand = merge(at_hand, Reading(torch.zeros_like(at_hand.output), idle))
@@ -173,7 +173,7 @@ def hook(model: nn.Module, attentions: dict[int, nn.Module], memory: ModelMemory
     def hand_over(layer: LayerMemory) -> Callable[..., Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             tail = memory.tail(layer.index)
-            seam = Seam(memory, layer, tail, kwargs.get("position_embeddings"), memory.staging)
+            seam = Seam(memory, layer, tail, kwargs.get("position_embeddings"), memory.staging or memory.recomputed)
             return args, {**kwargs, "perdure_seam": seam}
 
         return before

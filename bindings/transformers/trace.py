@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ import torch
 from ...backends.errors import ArgumentError
 from ...core import checks
 from ...core.attention import Reading
+
+NOTHING: list[int] = []  # what a row that remembers nothing has read
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,28 @@ class Part:
     scores: np.ndarray
 
 
+@dataclass
+class Segment:
+    """Tokens that the model was given at once, and each layer's reading of them."""
+
+    ids: torch.Tensor | None  # (rows, n), where it was given ids
+    present: torch.Tensor | None  # bool (rows, n), where some are padding
+    rows: int
+    chain: Chain
+    parts: list[Part]
+
+
+@dataclass
+class Chain:
+    """Segments that went through one cache, or one that had none."""
+
+    first: int  # number of its first token
+    cached: int  # tokens that its cache held already
+    earlier: list[int]  # those of them that are no padding, in each row
+    read: list[tuple[list[int], int]]  # of each row remembered, the ids of what it had read, and how many they were
+    caching: bool
+
+
 class Trace:
     """A record of readings, kept while `ModelMemory.tracing` lasts.
 
@@ -45,44 +70,108 @@ class Trace:
 
     Attributes
     ----------
-    tokens : int
-        Tokens the model was given meanwhile; they are numbered from 0.
-    history : list of list of int
-        Ids of all that each row had read and remembered by then.
+    reordered : bool
+        Whether rows of the cache changed places, as beams do; then a row of the trace is no one text.
     """
 
     def __init__(self, keep: int = 1):
-        self.keep, self.tokens = checks.count("keep", keep), 0
-        self._starts: list[int] = []
-        self._segments: list[list[Part]] = []
-        self._ids: list[torch.Tensor] = []
-        self._padding: list[torch.Tensor] = []
-        self.history: list[list[int]] = []
+        self.keep, self.reordered = checks.count("keep", keep), False
+        self._segments: list[Segment] = []
+        self._chains: list[Chain] = []
+        self._numbered: list[tuple[int, int]] = []  # of each token, its segment and its place there
+        self._cache: Any = None  # that of the newest segment, until the trace ends
 
-    def begin(self, n: int, ids: torch.Tensor | None, mask: torch.Tensor | None, history: list[list[int]]) -> None:
-        """The model is about to be given `n` tokens; `ids` (rows, n) where it is given ids, False in `mask` padding."""
-        self._starts.append(self.tokens)
-        self._segments.append([])
-        self._ids.append(torch.empty(0, n, dtype=torch.int64) if ids is None else ids.cpu())
-        self._padding.append(torch.zeros_like(self._ids[-1], dtype=torch.bool) if mask is None else ~mask.cpu())
-        self.tokens, self.history = self.tokens + n, list(history)
+    def begin(
+        self,
+        shape: tuple[int, int],
+        ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        history: list[list[int]],
+        cache: Any = None,
+        earlier: list[int] | None = None,
+    ) -> None:
+        """The model is about to be given tokens of this `shape` (rows, n); `ids` where it is given ids, False in `mask`
+        padding. Their rows remember what has the ids `history`, and `cache` holds `earlier` tokens of each row."""
+        rows, n = shape
+        held = 0 if cache is None else cache.get_seq_length()
+        if cache is None or cache is not self._cache or not held:
+            self.settle()
+            read = [(each, len(each)) for each in history]
+            self._chains.append(Chain(len(self._numbered), held, earlier or [held] * rows, read, cache is not None))
+        self._cache = cache
+        self.settle()
+        kept = None if ids is None else ids.cpu()
+        self._numbered += [(len(self._segments), at) for at in range(n)]
+        self._segments.append(Segment(kept, None if mask is None else mask.cpu(), rows, self._chains[-1], []))
+
+    def settle(self) -> None:
+        """Take tokens back that the cache at hand has been made to forget, such as drafts that were rejected."""
+        held = 0 if self._cache is None else self._cache.get_seq_length()
+        if held:
+            chain = self._chains[-1]
+            del self._numbered[chain.first + max(held - chain.cached, 0) :]
+            self.reordered |= any(getattr(layer, "reordered", False) for layer in self._cache.layers)
+
+    def end(self) -> None:
+        """No more is traced."""
+        self.settle()
+        self._cache = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model was given meanwhile, but for drafts that were rejected; they are numbered from 0."""
+        self.settle()
+        return len(self._numbered)
 
     @property
     def rows(self) -> int:
         """Rows the model was given."""
-        return max((len(ids) for ids in self._ids), default=0)
+        return max((segment.rows for segment in self._segments), default=0)
 
-    def ids(self, row: int = 0, padding: bool = True) -> list[int]:
-        """The tokens of one `row` that the model was given, with `padding` or without; -1 where it was embeddings."""
-        parts = [
-            ids[row] if len(ids) > row else torch.full(pads.shape[1:], -1)
-            for ids, pads in zip(self._ids, self._padding, strict=True)
-        ]
-        if not padding:
-            parts = [
-                part[~pads[row]] if len(pads) > row else part for part, pads in zip(parts, self._padding, strict=True)
-            ]
-        return [token for part in parts for token in part.tolist()]
+    def ids(self, row: int = 0) -> list[int]:
+        """The tokens of one `row` that the model was given, padding too; -1 where it was given embeddings."""
+        self.settle()
+        return [self._id(number, row) for number in range(len(self._numbered))]
+
+    def text(self, row: int = 0) -> tuple[list[int], dict[int, tuple[int, int, int]]]:
+        """Ids of all that a `row` can have drawn from, and where in them the memories of each segment are.
+
+        For each segment: how many memories stand from which index on, and the index from which all others do. An id
+        is -1 where it is not known.
+        """
+        self.settle()
+        longest: dict[int, tuple[list[int], int]] = {}
+        own = [self._read(chain, row) for chain in self._chains]
+        for read, n in own:
+            longest[id(read)] = read, max(n, longest.get(id(read), (read, 0))[1])
+        document: list[int] = []
+        starts: dict[int, int] = {}
+        for key, (read, n) in longest.items():
+            starts[key] = len(document)
+            document += read[:n]
+        found: dict[int, tuple[int, int, int]] = {}
+        ends = [chain.first for chain in self._chains[1:]] + [len(self._numbered)]
+        for chain, (read, n), end in zip(self._chains, own, ends, strict=True):
+            where = n, starts[id(read)], len(document)
+            found |= {i: where for i, segment in enumerate(self._segments) if segment.chain is chain}
+            if chain.caching and row < len(chain.earlier):
+                document += [-1] * chain.earlier[row]
+                document += [self._id(t, row) for t in range(chain.first, end) if self._present(t, row)]
+        return document, found
+
+    def _read(self, chain: Chain, row: int) -> tuple[list[int], int]:
+        rows = max(len(chain.earlier), 1)
+        return chain.read[min(row, rows - 1) * len(chain.read) // rows] if chain.read else (NOTHING, 0)
+
+    def _id(self, token: int, row: int) -> int:
+        segment, at = self._numbered[token]
+        ids = self._segments[segment].ids
+        return -1 if ids is None or row >= len(ids) else int(ids[row, at])
+
+    def _present(self, token: int, row: int) -> bool:
+        segment, at = self._numbered[token]
+        present = self._segments[segment].present
+        return present is None or bool(present[row, at])
 
     def record(
         self,
@@ -106,7 +195,7 @@ class Trace:
         weights = torch.where(positions >= 0, torch.exp(scores - joint_lse.detach().float()[..., None]), 0)
         weights = weights if share is None else weights * share[:, None, None]
         kept = (array.cpu().numpy() for array in (positions.int(), weights, scores))
-        self._segments[-1].append(Part(layer, *kept))
+        self._segments[-1].parts.append(Part(layer, *kept))
 
     def draws(self, token: int, row: int = 0) -> list[Draw]:
         """What `token` of a `row` drew from, each memory with its strongest use in any layer and head, strongest first.
@@ -114,14 +203,16 @@ class Trace:
         Raises
         ------
         ArgumentError
-            A token that was not traced.
+            A token or row that was not traced.
         """
         if not 0 <= checks.count("token", token, least=0) < self.tokens:
             raise ArgumentError("token", f"a number below {self.tokens}", str(token), "Name a token that was traced.")
-        segment = bisect.bisect_right(self._starts, token) - 1
-        at = token - self._starts[segment]
+        segment, at = self._numbered[token]
+        rows = self._segments[segment].rows
+        if checks.count("row", row, least=0) >= rows:
+            raise ArgumentError("row", f"a number below {rows}", str(row), "Name a row that was traced.")
         strongest: dict[int, Draw] = {}
-        for part in self._segments[segment]:
+        for part in self._segments[segment].parts:
             positions, weights = part.positions[row, :, at], part.weights[row, :, at]
             for head, nearest in np.argwhere(positions >= 0):
                 weight, score = float(weights[head, nearest]), float(part.scores[row, head, at, nearest])
@@ -130,10 +221,24 @@ class Trace:
                     strongest[draw.position] = draw
         return sorted(strongest.values(), key=lambda draw: -draw.weight)
 
+    def told(self, row: int = 0) -> tuple[list[int], Callable[[int], list[Draw]]]:
+        """What `text` gives of a `row`, and what gives the draws of a token with positions in it."""
+        document, places = self.text(row)
+
+        def draws(token: int) -> list[Draw]:
+            found = self.draws(token, row)
+            known, start, others = places[self._numbered[token][0]]
+            return [
+                replace(draw, position=draw.position + (start if draw.position < known else others - known))
+                for draw in found
+            ]
+
+        return document, draws
+
     def usual(self, row: int = 0) -> dict[tuple[int, int], float]:
         """The mean weight, over all tokens of a `row`, of what each (layer, head) drew from its nearest memory."""
         total: dict[tuple[int, int], float] = {}
-        for part in (part for segment in self._segments for part in segment):
+        for part in (part for segment in self._segments for part in segment.parts):
             for head, weight in enumerate(part.weights[row, :, :, 0].sum(axis=1)):
                 total[part.layer, head] = total.get((part.layer, head), 0.0) + float(weight)
         return {where: weight / self.tokens for where, weight in total.items()}
