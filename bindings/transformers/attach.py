@@ -67,7 +67,8 @@ def attach(
     positions : {"true", "clamped", "constant"}
         The distance at which memories are seen. "true": the distance they have, so documents should stay within the
         context the model was trained on. "clamped": the distance they have for the newest `distance` memories, and
-        `distance` for all older ones, of which k more are retrieved. "constant": `distance` for all.
+        `distance` for all older ones, of which k more are retrieved. "constant": `distance` for all. Where n
+        are seen at `distance` and the rest of the model's context has room for m, fewer, they weigh sqrt(m / n) each.
     distance : int, optional
         By default half of the model's context for "clamped", `window` for "constant".
     window : int
@@ -161,6 +162,7 @@ def attach(
     sizes = {i: {"near": near, "far": capacity - near} if i in chosen else {"near": recent, "far": 0} for i in beside}
     common: dict[str, Any] = {
         "distance": distance,
+        "trained": max(context - distance, distance),
         "sinks": sinks,
         "recent": recent,
         "k": k,

@@ -38,6 +38,11 @@ class LayerMemory:
         Capacities of what stands at the distance it has, and of what stands at `distance`; 0 is none at all.
     distance : int
         At which `far` is seen.
+    trained : int
+        How many memories at `distance` the model can be taken to know what to do with. Where `far` holds n, more than
+        that, all of them together weigh less: their log-sum-exp is less by log(n / trained) / 2. The best of many keys
+        score high by chance, and the more of them there are, the higher; with the whole logarithm one true match in
+        131,072 tokens would be lost.
     sinks : int
         Capacity of `first`.
     recent : int
@@ -56,13 +61,15 @@ class LayerMemory:
         near: int,
         far: int,
         distance: int,
+        trained: int,
         sinks: int,
         recent: int,
         k: int,
         settings: dict[str, Any],
     ):
         self.index, self.rotary, self.distance, self.k, self.settings = index, rotary, distance, k, settings
-        self.sizes = {"near": near, "far": far, "distance": distance, "recent": recent, "k": k}
+        self.trained = trained
+        self.sizes = {"near": near, "far": far, "distance": distance, "trained": trained, "recent": recent, "k": k}
         self.sinks, self.constant = sinks, not near
         recent = min(recent, near or far)
         near, far = (0, far - recent) if self.constant else (near - recent, far)
@@ -125,6 +132,8 @@ class LayerMemory:
             for name, store in self.stores.items()
             if name not in WHOLE and keep is not None
         }
+        if "far" in readings:
+            readings["far"] = self._weighed(readings["far"], scale)
         for name, reading in readings.items():
             neighbours = reading.neighbours
             if neighbours is not None:
@@ -267,6 +276,17 @@ class LayerMemory:
             all_far = "far" in seen and bool((least == self.distance).all())
             seen["first"] = turned if all_far else self.rotary.turn(asked, angles, self.rotary.angles(least, asked))
         return seen
+
+    def _weighed(self, reading: Reading, scale: float) -> Reading:
+        """What was read from `far`, weighed by how many more than `trained` memories are there."""
+        excess = np.log(np.maximum(self.stores["far"].tokens / self.trained, 1)) / 2
+        if not excess.any():
+            return reading
+        near, lse = reading.neighbours, reading.lse
+        less = torch.from_numpy(np.repeat(excess, len(lse) // len(excess))).to(lse)[:, None, None]
+        if near is not None:
+            near = replace(near, scores=near.scores - (less / scale)[..., None].to(near.scores))
+        return replace(reading, lse=lse - less, neighbours=near)
 
     def _began(self, like: torch.Tensor) -> torch.Tensor:
         """Where the first token of each row stands, (rows, 1): after the padding that came before it."""
