@@ -50,7 +50,10 @@ def test_a_click_highlights_what_the_token_drew_on(tmp_path):
     assert report["pressed"] == "true"
     assert report["drawn"] == [["m3", document[3], "0.25"], ["m40", document[40], "0.75"]]
     assert report["shown"][0] != report["shown"][1] != "rgba(0, 0, 0, 0)"
-    assert report["list"] == ["75 % of layer 3, head 2: token 40", "25 % of layer 0, head 1: token 3"]
+    assert report["list"] == [
+        "75 % of layer 3, head 2, score 5.5: token 40",
+        "25 % of layer 0, head 1, score 4.5: token 3",
+    ]
     assert report["texts"] == [told.tokenizer.decode(told.answer), document]
 
 
