@@ -901,9 +901,10 @@ def test_what_has_left_a_cache_cannot_be_taken_back(ids):
     assert cache.get_seq_length() == 30
 
 
-def test_clamped_distances_stop_growing_while_a_cache_grows(ids):
-    """Far beyond a document, a query sees it as from one window beyond its end: at no greater distance."""
-    document, written = ids[:, :20], ids[:, :4].repeat(1, 12)
+@pytest.mark.parametrize(("read", "nearest"), [(20, 25), (4, 11)])
+def test_clamped_distances_stop_growing_while_a_cache_grows(ids, read, nearest):
+    """Far beyond a document, a query sees it as from one window beyond its end, or beyond `distance` of its first."""
+    document, written = ids[:, :read], ids[:, :4].repeat(1, 12)
     model = llama()
     memory = attach(model, k=64, recent=3, sinks=2, distance=6, window=5)
     memory.read_document(document, progress=False)
@@ -919,7 +920,7 @@ def test_clamped_distances_stop_growing_while_a_cache_grows(ids):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(memory.layers[0].rotary), "turn", noted)
             logits(model, written[:, 7:8], past_key_values=cache, use_cache=True)
-        assert memory.nearest.tolist() == [[25], [25]]
+        assert memory.nearest.tolist() == [[nearest], [nearest]]
         near = memory.layers[0].rotary.angles(memory.nearest, torch.zeros(1))[0]
         assert any(cos.shape == near.shape and torch.allclose(cos, near) for cos, _ in seen)
         far = logits(model, written[:, 8:], past_key_values=cache, use_cache=True)

@@ -261,7 +261,7 @@ class ModelMemory(Keeping):
         self.positions, self._mask, self._cache, self._ids = positions, mask, cache, given.get("input_ids")
         self.nearest = None
         if cache is not None and self._bounded and self._limit is None and self.following is not None:
-            most = self._of_rows(self.following, rows) + self.window
+            most = self._of_rows(self.following.clamp(min=self.settings["distance"]), rows) + self.window
             self.nearest = torch.minimum(positions, most) if bool((positions > most).any()) else None
         if self.trace is not None:
             full = given.get("attention_mask")  # of what the cache holds too

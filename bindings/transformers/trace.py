@@ -90,8 +90,11 @@ class Trace:
         cache: Any = None,
         earlier: list[int] | None = None,
     ) -> None:
-        """The model is about to be given tokens of this `shape` (rows, n); `ids` where it is given ids, False in `mask`
-        padding. Their rows remember what has the ids `history`, and `cache` holds `earlier` tokens of each row."""
+        """The model is about to be given tokens of this `shape` (rows, n).
+
+        `ids` where it is given ids, False in `mask` padding. Their rows remember what has the ids `history`, and
+        `cache` holds `earlier` tokens of each row.
+        """
         rows, n = shape
         held = 0 if cache is None else cache.get_seq_length()
         if cache is None or cache is not self._cache or not held:
@@ -181,8 +184,11 @@ class Trace:
         scale: float,
         share: torch.Tensor | None = None,
     ) -> None:
-        """Keep the nearest of a `layer`'s `readings` (rows, heads, q), of weight exp(`scale` score - `joint_lse`), of
-        which each head takes a `share` (heads,)."""
+        """Keep the nearest of what a `layer` read.
+
+        `readings` are (rows, heads, q), each of weight exp(`scale` score - `joint_lse`), of which each head takes a
+        `share` (heads,).
+        """
         near = [reading.neighbours for reading in readings if reading.neighbours is not None]
         if not near:
             return
