@@ -909,7 +909,7 @@ def test_clamped_distances_stop_growing_while_a_cache_grows(ids, read, nearest):
     memory = attach(model, k=64, recent=3, sinks=2, distance=6, window=5)
     memory.read_document(document, progress=False)
     with torch.no_grad():
-        cache = model(written[:, :7], use_cache=True).past_key_values
+        cache = model(written[:, :8], use_cache=True).past_key_values
         seen = []
         turn = type(memory.layers[0].rotary).turn
 
@@ -919,11 +919,11 @@ def test_clamped_distances_stop_growing_while_a_cache_grows(ids, read, nearest):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(memory.layers[0].rotary), "turn", noted)
-            logits(model, written[:, 7:8], past_key_values=cache, use_cache=True)
+            logits(model, written[:, 8:9], past_key_values=cache, use_cache=True)
         assert memory.nearest.tolist() == [[nearest], [nearest]]
         near = memory.layers[0].rotary.angles(memory.nearest, torch.zeros(1))[0]
         assert any(cos.shape == near.shape and torch.allclose(cos, near) for cos, _ in seen)
-        far = logits(model, written[:, 8:], past_key_values=cache, use_cache=True)
+        far = logits(model, written[:, 9:], past_key_values=cache, use_cache=True)
     assert far.isfinite().all()
 
 
