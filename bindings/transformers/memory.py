@@ -176,12 +176,13 @@ class ModelMemory(Keeping):
         Tokens are those that the model is given, but for drafts that assisted decoding rejects. In beam search, rows
         are beams as they stand at each step, which `explain` refuses to call a text.
         """
-        before, self.trace = self.trace, Trace(keep)
+        before, made = self.trace, Trace(keep)
+        self.trace = made
         try:
-            yield self.trace
+            yield made
         finally:
-            self.trace.end()
-            self.last_trace, self.trace = self.trace, before
+            made.end()
+            self.last_trace, self.trace = made, before
 
     def explain(self, token: int | None = None, row: int = 0, most: int = 5) -> Explanation:
         """What predicting a token drew on, by the trace at hand or the last one; print it, or write it as a page.

@@ -56,7 +56,8 @@ def test_the_promise_holds(check):
         ("hostile", 1, "obliging", "accepted"),
         ("readers", 300, "trusting", "is not as any commit|are not the names|every record|records that match"),
         ("isolation", 300, "leaky", "is not what was written|another's token"),
-        ("threads", 5, "unlocked", "another token's|half|before|left|score"),
+        # what is freed beside a reader may also take the whole process along
+        ("threads", 5, "unlocked", "another token's|half|before|left|score|double free|corrupt|invalid|Segmentation"),
         ("soak", 1, "hoarding", "times the live bytes"),
     ],
 )
