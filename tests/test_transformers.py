@@ -1084,10 +1084,10 @@ def test_backward_passes_of_earlier_segments_are_refused(ids):
 
 
 def test_memories_beyond_those_a_model_was_trained_with_weigh_less(ids):
-    """Six times as many at one distance as the rest of the context has room for."""
+    """Six and twelve times as many at one distance as the rest of the context has room for."""
     document = torch.cat([ids[:, :2], ids[:, 2:12].repeat(1, 24)], dim=1)
     seen = {}
-    for context in (60, 400):
+    for context in (40, 60, 400):
         model = llama(max_position_embeddings=context)
         memory = attach(model, k=300, sinks=2, positions="constant", distance=20, capacity=400, index="exact")
         memory.read_document(document, progress=False, retrieve=False)
@@ -1099,4 +1099,5 @@ def test_memories_beyond_those_a_model_was_trained_with_weigh_less(ids):
     assert int(layer.stores["far"].tokens[0]) == 240
     torch.testing.assert_close(seen[60].lse, seen[400].lse - np.log(240 / 40) / 2)
     torch.testing.assert_close(seen[60].output, seen[400].output)
+    torch.testing.assert_close(seen[40].lse, seen[400].lse - 1)  # at most
     torch.testing.assert_close(seen[60].neighbours.scores * 0.3, seen[400].neighbours.scores * 0.3 - np.log(6) / 2)

@@ -68,7 +68,8 @@ def attach(
         The distance at which memories are seen. "true": the distance they have, so documents should stay within the
         context the model was trained on. "clamped": the distance they have for the newest `distance` memories, and
         `distance` for all older ones, of which k more are retrieved. "constant": `distance` for all. Where n
-        are seen at `distance` and the rest of the model's context has room for m, fewer, they weigh sqrt(m / n) each.
+        are seen at `distance` and the rest of the model's context has room for m, fewer, they weigh sqrt(m / n) each,
+        but at least 1/e.
     distance : int, optional
         By default half of the model's context for "clamped", `window` for "constant".
     window : int

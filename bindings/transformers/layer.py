@@ -17,6 +17,7 @@ from .mixing import Whole, held, read_memory, read_whole
 from .positions import Angles, Rotary
 
 WHOLE = ("first", "recent")  # the stores that every query reads whole
+LOST = 1.0  # nats that the far ones lose at most, however many they are
 SAME = 0.05  # of the largest number: what computing a key again may change, in half precision too
 
 
@@ -40,9 +41,9 @@ class LayerMemory:
         At which `far` is seen.
     trained : int
         How many memories at `distance` the model can be taken to know what to do with. Where `far` holds n, more than
-        that, all of them together weigh less: their log-sum-exp is less by log(n / trained) / 2. The best of many keys
-        score high by chance, and the more of them there are, the higher; with the whole logarithm one true match in
-        131,072 tokens would be lost.
+        that, all of them together weigh less: their log-sum-exp is less by log(n / trained) / 2, and at most by 1. The
+        best of many keys score high by chance, and the more of them there are, the higher; but one true match in
+        131,072 tokens is lost where all of them lose much more.
     sinks : int
         Capacity of `first`.
     recent : int
@@ -279,7 +280,7 @@ class LayerMemory:
 
     def _weighed(self, reading: Reading, scale: float) -> Reading:
         """What was read from `far`, weighed by how many more than `trained` memories are there."""
-        excess = np.log(np.maximum(self.stores["far"].tokens / self.trained, 1)) / 2
+        excess = np.minimum(np.log(np.maximum(self.stores["far"].tokens / self.trained, 1)) / 2, LOST)
         if not excess.any():
             return reading
         near, lse = reading.neighbours, reading.lse
