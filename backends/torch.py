@@ -136,6 +136,10 @@ def attention(queries: Any, keys: Any, values: Any, positions: Any, scale: float
     return _through_numba("attention", (queries, keys, values, positions, scale, mask, start))
 
 
+def averaged(*args: Any) -> Any:
+    return _through_numba("averaged", args)
+
+
 def _fused(queries: Any, keys: Any, values: Any, scale: float, mask: Any) -> Any:
     """PyTorch's own fused attention where there is any; see `fused`."""
     result = fused(queries, keys, values, scale, mask, False)

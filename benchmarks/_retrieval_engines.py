@@ -1,5 +1,6 @@
 """Engines of one head, all used alike: `step(keys)` takes in new keys and loses the oldest; `search(queries, k)`.
 
+Keys are their own values. Attention over what was found is the same function for all that do not bring their own.
 What a peer cannot do, it does the way its users do it: an index without deletion is built anew, or deletes by id.
 """
 
@@ -57,20 +58,26 @@ class Torch(Ring):
 
 
 class Perdure:
-    """KNNMemory, through its public surface: validation, values and positions included."""
+    """KNNMemory, validation, values and positions included; its `read` in two halves, search and attention."""
 
     def __init__(self, keys: np.ndarray, **settings: Any):
         n, d = keys.shape
-        self.memory = perdure.KNNMemory(1, 1, d, n, value_dim=1, **settings)
-        self.memory.write(keys[None, None], np.zeros((1, 1, n, 1), np.float32))
+        self.memory = perdure.KNNMemory(1, 1, d, n, **settings)
+        self.memory.write(keys[None, None], keys[None, None])
 
     def step(self, keys: np.ndarray) -> None:
-        self.memory.write(keys[None, None], np.zeros((1, 1, len(keys), 1), np.float32))
+        self.memory.write(keys[None, None], keys[None, None])
         self.search(keys[:0], 1)  # an index takes in what was written when it is asked: that belongs to the insertion
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        row = self.memory._rows[0]  # neither copies of the neighbours nor attention, as with the others
-        return row.search(queries[None], k)[1][0] % row.capacity
+        row = self.memory._rows[0]
+        self.found = row.search(queries[None], k)
+        return self.found[1][0] % row.capacity
+
+    def attend(self, queries: np.ndarray) -> np.ndarray:
+        """Over what the last search found, for the same queries."""
+        scores, positions = self.found
+        return self.memory._rows[0].attend(queries[None], positions, queries.shape[-1] ** -0.5, scores)[0]
 
 
 class Faiss:

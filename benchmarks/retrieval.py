@@ -2,10 +2,11 @@
 
 All take turns in one process on one thread, and CPU time is measured, so that a busy machine slows all alike. A step
 is what a memory does for every segment: 512 new keys in, the 512 oldest out, 512 queries, attention over what they
-found, by the same function for all. Medians over rounds; ratios to the float32 product of queries and keys, which every
-exact method without a trick has to compute. With --threads above 1 wall time is measured. With --turnovers everything
-is replaced so many times before, in segments, and indexes made anew over the same keys stand beside the others. With
---sealed nothing is written once all is there, and hnswlib searches the very graph that perdure does.
+found: perdure's as its memory reads, that of the others by one function. Medians over rounds; ratios to the float32
+product of queries and keys, which every exact method without a trick has to compute. With --threads above 1 wall time
+is measured. With --turnovers everything is replaced so many times before, in segments, and indexes made anew over the
+same keys stand beside the others. With --sealed nothing is written once all is there, and hnswlib searches the very
+graph that perdure does.
 Prints a table, and keeps it with a picture and a description of the machine in benchmarks/results/.
 
     nox -s bench -- retrieval --data=clusters,normal,attention --keys=8192,65536 --rounds=7
@@ -73,7 +74,10 @@ def measure(data: str, n: int, d: int, options: argparse.Namespace) -> list[dict
             search, found = timed(engine.search, queries[fresh], K)
             attend = 0.0
             if found is not None:
-                attend, _ = timed(perdure.attend, queries[fresh], ring.keys, ring.keys, found)
+                if isinstance(engine, Perdure):
+                    attend, _ = timed(engine.attend, queries[fresh])
+                else:
+                    attend, _ = timed(perdure.attend, queries[fresh], ring.keys, ring.keys, found)
             one = statistics.median(timed(engine.search, queries[fresh][i : i + 1], K)[0] for i in range(5))
             if turn >= WARM:
                 for part, seconds in zip(PARTS, (insert, search, attend, one), strict=True):

@@ -119,13 +119,28 @@ def attention(
     else:
         found = positions >= 0
         allowed = found if mask is None else found & mask
-        slots = xp.where(found, (positions + start) % keys.shape[-2], 0)  # (..., q, k)
+        slots = slots_of(positions, start, keys.shape[-2])
         keys, values = (blanked(gather(a, slots), allowed[..., None]) for a in (keys, values))  # (..., q, k, d or dv)
         scores = scale * xp.sum(queries[..., None, :] * keys, axis=-1)  # (..., q, k)
     weights, lse = masked_softmax(scores, allowed)
     if positions is None:
         return weights @ values, lse
     return xp.sum(weights[..., None] * values, axis=-2), lse
+
+
+@kernel(wide=(1,))
+def averaged(scores: Any, values: Any, positions: Any, scale: float, start: int) -> tuple[Any, Any]:
+    """`attention` over neighbours whose inner products, (..., q, k), a search has computed already."""
+    xp = namespace(scores)
+    found = positions >= 0
+    values = blanked(gather(values, slots_of(positions, start, values.shape[-2])), found[..., None])
+    weights, lse = masked_softmax(scale * scores, found)
+    return xp.sum(weights[..., None] * values, axis=-2), lse
+
+
+def slots_of(positions: Any, start: int, n: int) -> Any:
+    """Where the keys at `positions` stand in a ring of n whose oldest is at slot `start`; 0 for position -1."""
+    return namespace(positions).where(positions >= 0, (positions + start) % n, 0)
 
 
 def gather(table: Any, slots: Any) -> Any:

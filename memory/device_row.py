@@ -182,8 +182,11 @@ class DeviceRow:
             return retrieve(queries, keys, k, self.space, None, start)
         return retrieve_stored(queries, keys, scales, self.dtype, k, self.space, start)
 
-    def attend(self, queries: Any, positions: Any, scale: float) -> tuple[Any, Any]:
-        """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""
+    def attend(self, queries: Any, positions: Any, scale: float, products: Any = None) -> tuple[Any, Any]:
+        """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k).
+
+        `products` that are known are computed again, in the one pass that a GPU makes over keys and values.
+        """
         xp = namespace(queries)
         if self.stored == 0:
             shape = (*positions.shape[:2], self.sizes["values"][1])

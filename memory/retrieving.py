@@ -161,7 +161,7 @@ class Retrieving:
 
         def read(row: Any, numbers: Any) -> tuple[Any, ...]:
             scores, positions = row.search(numbers, k)
-            output, lse = row.attend(numbers, positions, scale)
+            output, lse = row.attend(numbers, positions, scale, scores if self.space == "ip" else None)
             checks.outcome(output, queries=numbers)
             return output, lse, scores, positions, row.tags_at(positions)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.attention import attention
+from ..core.attention import attention, averaged
 from .indexes.protocol import Index
 from .storage import computing, decode, empty
 
@@ -126,18 +126,28 @@ class Row:
         """Scores and positions in the whole history, (heads, q, k), of the k best for `queries` (heads, q, dim)."""
         return self.index.search(self, queries, k)
 
-    def attend(self, queries: np.ndarray, positions: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-        """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k)."""
+    def attend(
+        self, queries: np.ndarray, positions: np.ndarray, scale: float, products: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Output (heads, q, value_dim) and lse (heads, q) of attention over the tokens at `positions` (heads, q, k).
+
+        `products` are theirs with the queries, where a search has computed them: then no key is looked at again.
+        """
         if self.stored == 0:
             shape, width = positions.shape[:2], self.arrays["values"].shape[2]
             return np.zeros((*shape, width), queries.dtype), np.full(shape, -np.inf, queries.dtype)
         if self.dtype in ("float32", "float64"):
-            ages = np.where(positions >= 0, positions - self.oldest, -1)
+            start, ages = self.start, np.where(positions >= 0, positions - self.oldest, -1)
             keys, values = (self.arrays[name][:, : self.stored] for name in ("keys", "values"))
-            return attention(queries, keys, values, ages, scale, None, self.start)
-        taken, found = self.gather(positions), (positions >= 0)[..., None, :]  # only what was found is decoded
-        output, lse = attention(queries[..., None, :], taken["keys"], taken["values"], None, scale, found, 0)
-        return output[..., 0, :], lse[..., 0]
+        else:  # only what was found is decoded
+            start, ages = 0, np.where(positions >= 0, np.arange(positions[0].size).reshape(positions.shape[1:]), -1)
+            keys, values = (
+                self.found(name, positions).reshape(len(positions), positions[0].size, -1) if needed else None
+                for name, needed in (("keys", products is None), ("values", True))
+            )
+        if products is None:
+            return attention(queries, keys, values, ages, scale, None, start)
+        return averaged(products, values, ages, scale, start)
 
     def tags_at(self, positions: np.ndarray) -> np.ndarray | None:
         """Tags at `positions` (heads, q, k), -1 where the position is -1; None where no tags are kept."""
@@ -151,14 +161,12 @@ class Row:
 
     def gather(self, positions: np.ndarray) -> dict[str, Any]:
         """Keys, values and tags at `positions` (heads, q, k); zeros, and tag -1, where the position is -1."""
-        heads = np.arange(positions.shape[0])[:, None, None]
-        slots, found = self.slots_of(positions), (positions >= 0)[..., None]
-        all_found = bool(found.all())  # as a rule; then nothing is copied a second time
-        taken = {"tags": self.tags_at(positions)}
-        for name in ("keys", "values"):
-            if self.stored:
-                entries = self.numbers(name, (heads, slots))
-                taken[name] = entries if all_found else np.where(found, entries, computing(self.dtype).type(0))
-            else:
-                taken[name] = np.zeros((*positions.shape, self.arrays[name].shape[2]), computing(self.dtype))
-        return taken
+        return {name: self.found(name, positions) for name in ("keys", "values")} | {"tags": self.tags_at(positions)}
+
+    def found(self, name: str, positions: np.ndarray) -> np.ndarray:
+        """Keys or values (heads, q, k, width) at `positions` (heads, q, k); zeros where the position is -1."""
+        if self.stored == 0:
+            return np.zeros((*positions.shape, self.arrays[name].shape[2]), computing(self.dtype))
+        there = (positions >= 0)[..., None]
+        entries = self.numbers(name, (np.arange(positions.shape[0])[:, None, None], self.slots_of(positions)))
+        return entries if there.all() else np.where(there, entries, computing(self.dtype).type(0))  # all, as a rule

@@ -129,6 +129,22 @@ def args_attention(draw):
 
 
 @st.composite
+def args_averaged(draw):
+    lead, q, dv = draw(LEADS), draw(QUERIES), draw(WIDTHS)
+    n, k = draw(SIZES.filter(bool)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    positions = rng.integers(draw(st.sampled_from((-1, -n, 0))), n, (*lead, q, k)).clip(-1)
+    scores = np.where(positions < 0, -np.inf, draw(values((*lead, q, k))))  # as a search gives them
+    return (
+        scores,
+        draw(values((*lead, n, dv))),
+        positions,
+        draw(st.sampled_from((1.0, 0.125))),
+        draw(st.integers(0, n - 1)),
+    )
+
+
+@st.composite
 def lses(draw, shape):
     array = draw(values(shape, kinds=("normal", "equal", "large")))
     return np.where(draw(masks(shape)), array, -np.inf)

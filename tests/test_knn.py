@@ -88,17 +88,19 @@ def test_a_copy_is_equal_and_goes_its_own_way(rng, copied):
     assert (other.written == 10).all()
 
 
-def test_read_is_attend_over_search(rng):
-    memory = make(capacity=64, dtype="float64")
-    keys, values = segment(rng, n=40)
-    memory.write(keys, values)
+@pytest.mark.parametrize("space", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("n", [3, 40, 100])
+def test_read_is_attend_over_search(rng, dtype, space, n):
+    memory = make(capacity=64, dtype=dtype, space=space)
+    memory.write(*segment(rng, n=n))
     queries = rng.standard_normal((2, 6, 3, 4))
-    reading = memory.read(queries, k=5)
-    near = memory.search(queries, k=5)
-    keys, values = (a.repeat(3, axis=1) for a in (keys, values))
-    expected = perdure.attend(queries, keys, values, near.positions)
-    np.testing.assert_allclose(reading.output, expected.output, atol=1e-12)
-    np.testing.assert_allclose(reading.lse, expected.lse, atol=1e-12)
+    reading, near = memory.read(queries, k=5), memory.search(queries, k=5)
+    there = (near.positions >= 0)[..., None, :]
+    expected = perdure.attend(queries[..., None, :], near.keys.astype("d"), near.values.astype("d"), mask=there)
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    np.testing.assert_allclose(reading.output, expected.output[..., 0, :], atol=tolerance)
+    np.testing.assert_allclose(reading.lse, expected.lse[..., 0], atol=tolerance)
 
 
 @pytest.mark.parametrize("tagged", [0, 1])

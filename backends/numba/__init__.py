@@ -5,7 +5,7 @@ what indexes ask of a backend that has it: `exact_keys` and `make_lists` make wh
 `search_lists` searches it, and `rescore` scores candidates in full; `rows_in_parallel` works on many rows at once.
 """
 
-from .attention import attention
+from .attention import attention, averaged
 from .basis import expected_basis, gaussians, histogram
 from .coded import exact_keys as exact_keys
 from .coded import rescore as rescore
@@ -16,4 +16,4 @@ from .retrieval import retrieve
 from .threads import rows_in_parallel as rows_in_parallel
 from .unit import unit
 
-__all__ = ["attention", "expected_basis", "gaussians", "histogram", "retrieve", "systematic", "unit"]
+__all__ = ["attention", "averaged", "expected_basis", "gaussians", "histogram", "retrieve", "systematic", "unit"]
