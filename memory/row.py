@@ -136,18 +136,19 @@ class Row:
         if self.stored == 0:
             shape, width = positions.shape[:2], self.arrays["values"].shape[2]
             return np.zeros((*shape, width), queries.dtype), np.full(shape, -np.inf, queries.dtype)
+        values, ages, start = self._table("values", positions)
+        if products is not None:
+            return averaged(products, values, ages, scale, start)
+        return attention(queries, self._table("keys", positions)[0], values, ages, scale, None, start)
+
+    def _table(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """A ring of keys or values as computed with, where in it the tokens at `positions` are, and where it starts."""
+        found = positions >= 0
         if self.dtype in ("float32", "float64"):
-            start, ages = self.start, np.where(positions >= 0, positions - self.oldest, -1)
-            keys, values = (self.arrays[name][:, : self.stored] for name in ("keys", "values"))
-        else:  # only what was found is decoded
-            start, ages = 0, np.where(positions >= 0, np.arange(positions[0].size).reshape(positions.shape[1:]), -1)
-            keys, values = (
-                self.found(name, positions).reshape(len(positions), positions[0].size, -1) if needed else None
-                for name, needed in (("keys", products is None), ("values", True))
-            )
-        if products is None:
-            return attention(queries, keys, values, ages, scale, None, start)
-        return averaged(products, values, ages, scale, start)
+            return self.arrays[name][:, : self.stored], np.where(found, positions - self.oldest, -1), self.start
+        (heads, q, k), width = positions.shape, self.arrays[name].shape[2]
+        ages = np.where(found, np.arange(q * k).reshape(q, k), -1)
+        return self.found(name, positions).reshape(heads, q * k, width), ages, 0  # only what was found is decoded
 
     def tags_at(self, positions: np.ndarray) -> np.ndarray | None:
         """Tags at `positions` (heads, q, k), -1 where the position is -1; None where no tags are kept."""
