@@ -78,6 +78,8 @@ def test_a_saved_memory_continues_bit_by_bit():
         (FrameworkError, "tokens", lambda m: m([[1, 2]])),
         (DTypeError, "tokens", lambda m: m(torch.zeros(1, 3))),
         (ShapeError, "tokens", lambda m: m(torch.zeros(3, dtype=torch.long))),
+        (ArgumentError, "tokens", lambda m: m(words(1, 3) + 11)),
+        (ArgumentError, "tokens", lambda m: m(-1 - words(1, 3))),
         (ArgumentError, "memory", lambda m: m(words(1, 3), m.memory(1)[:1])),
         (ArgumentError, "memory", lambda m: m(words(1, 3), m.memory(1)[1])),
         (ArgumentError, "layers", lambda m: MemoryTransformer(11, [])),

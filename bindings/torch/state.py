@@ -64,8 +64,13 @@ class State:
             A row out of range, or none at all.
         """
         index = self._index(rows)
+        made = self._remade(index)
         parts = {name: tensor[index] for name, tensor in self.tensors().items()}
-        return type(self)(**self._progress(), **parts)
+        return type(self)(**self._progress(), **parts, **made)
+
+    def _remade(self, rows: list[int]) -> dict[str, Any]:
+        """What a state of `rows` has in the fields that are `_made`."""
+        return {}
 
     def _progress(self) -> dict[str, Any]:
         """The fields that are no tensors."""

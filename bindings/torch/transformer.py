@@ -118,6 +118,8 @@ class MemoryTransformer(nn.Module):
             raise DTypeError("tokens", "integers", str(tokens.dtype), "Pass tokens.long().")
         if tokens.ndim != 2:
             raise ShapeError("tokens", "shape (rows, n)", str(tuple(tokens.shape)), "Give each row its tokens.")
+        if not torch.compiler.is_compiling():
+            checks.within("tokens", tokens, 0, self.embedding.num_embeddings - 1)
         if memory is None:
             memory = self.memory(tokens.shape[0])
         if not isinstance(memory, tuple | list) or len(memory) != len(self.blocks):
