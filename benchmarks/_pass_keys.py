@@ -141,6 +141,8 @@ def copied(memory: Any) -> tuple[Any, ...]:
 @torch.inference_mode()
 def many_pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
     """One reading of the longest length; after each length, every key read by then is asked for."""
+    if setting["index"] != "exact":
+        raise SystemExit("other keys are overwritten where they are stored, which only exact search follows")
     model, tokenizer, seconds, done = pretrained.model, pretrained.tokenizer, 0.0, 0
     ids, keys = many_hidden(tokenizer, max(setting["lengths"]), setting["keys"], setting["seed"])
     memory = attach(model, capacity=ids.shape[1], index=setting["index"], **setting["further"])

@@ -65,11 +65,12 @@ class Ledger:
         self.newest(
             steps,
             "Memory goes one way: to continue one past twice, take copy.deepcopy(memory) before it is first continued; "
-            "where gradients are checkpointed, run backward before the next call, with calls of at most one segment.",
+            "where gradients are checkpointed, run backward before the next call, and let no row complete a segment "
+            "but at the end of a call.",
         )
         self._write(keys, values, position)
         self.memory.clear(start.nonzero().flatten().tolist())
-        self.steps, self.last = steps + 1, tuple(t.detach() for t in call)
+        self.steps, self.last = steps + 1, tuple(t.detach().clone() for t in call)  # a compiled graph reuses its own
 
     def newest(self, steps: int, remedy: str) -> None:
         """The memory is as it was after so many steps.
@@ -108,8 +109,8 @@ class Ledger:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every number; two names of one memory are not compared."""
-    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+    """Equal in every number."""
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 @torch.library.custom_op("perdure::recall", mutates_args=())
