@@ -114,9 +114,16 @@ class HNSWIndex:
             return np.full(shape, -np.inf, queries.dtype), np.full(shape, -1, np.int64)
         asked = unit(queries) if self.space == "cosine" else queries
         narrow = cast_silently(asked, np.float32)
-        found = [self.candidates(row, h, queries[h], narrow[h], k, graphs, ef) for h in range(self.heads)]
+        backend = load(current_backend())
+
+        def ask(h: int) -> np.ndarray:
+            return self.candidates(row, h, queries[h], narrow[h], k, graphs, ef)
+
+        heads = [(h,) for h in range(self.heads)]
+        together = getattr(backend, "rows_in_parallel", None) if len(heads) > 1 else None
+        found = together(ask, heads) if together else [ask(*head) for head in heads]
         positions = found[0][None] if len(found) == 1 else np.stack(found)
-        direct = getattr(load(current_backend()), "rescore", None)
+        direct = getattr(backend, "rescore", None)
         if direct is not None:
             best = direct(asked, row.part("keys", ...)[0], positions, k, self.space, row.stored, row.oldest)
             if best is not NotImplemented:
