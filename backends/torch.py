@@ -44,7 +44,7 @@ def from_numpy(array: np.ndarray, device: Any = None) -> Any:
 
 def to_numpy(tensor: Any) -> np.ndarray:
     """The tensor's memory as a NumPy array."""
-    return tensor.detach().cpu().numpy()
+    return tensor.numpy(force=True)
 
 
 def _plain(tensors: Sequence[Any]) -> bool:
