@@ -15,7 +15,7 @@ library unless --corpus names a folder (books, sources, proofs), of which every 
 document; with --join every folder is, its files one after the other, as a repository is in the paper.
 
     nox -s bench -- language                                            # quick: one core, minutes
-    nox -s bench -- language --name=python-long --join --test=98304     # and 65,536 tokens of memory: half an hour
+    nox -s bench -- language --name=python-long --join --test=98304     # and 65,536 tokens of memory: an hour
     nox -s bench -- language --name=hol-light --corpus=/usr/share/hol-light/Multivariate --suffix=.ml --without=database
     nox -s bench -- language --full --device=cuda                       # the paper's sizes
 """

@@ -11,6 +11,7 @@
    and by its first two digits, with all of them there.
 3. definitions: the loss at uses of identifiers whose last mention is so far back that only memory reaches it, and how
    often what was retrieved there is one of those mentions. It takes its losses from the runs of 1.
+4. time, only where asked for: processor time of the next window, and of one more token, after each of --lengths.
 
 The document is a file of Python's standard library unless --document names one. What was found: results/pretrained.md.
 """
@@ -18,33 +19,32 @@ The document is a file of Python's standard library unless --document names one.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import platform
-import random
 import re
 import shlex
+import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from _pass_keys import WINDOW, many_pass_keys, pass_keys
 from perdure.bindings.demo.methods import Result, with_cache, with_memory, without_memory
-from perdure.bindings.pretrained import Pretrained, smollm2
+from perdure.bindings.pretrained import smollm2
 from perdure.bindings.transformers import attach, detach
 from perdure.bindings.transformers.document import token_ids
 from transformers import DynamicCache
 
 RESULTS = Path(__file__).parent / "results"
-WINDOW, SINKS, FAR, DEFAULT = 512, 4, 1024, "_pydecimal.py"
+SINKS, FAR, DEFAULT = 4, 1024, "_pydecimal.py"
 POSITIONS = ("clamped", "true", "constant")
 QUICK: dict[str, Any] = {
     "tokens": 10_240, "k": [32], "memory": ["all"], "positions": POSITIONS[:1], "lengths": [4096], "depths": [0.1, 0.6],
@@ -53,11 +53,6 @@ FULL: dict[str, Any] = {
     "tokens": 32_768, "k": [8, 32, 128], "memory": [2048, 8192, "all"], "positions": POSITIONS,
     "lengths": [4096, 8192, 16_384, 32_768, 65_536, 131_072], "depths": [0.1, 0.3, 0.5, 0.7, 0.9],
 }  # fmt: skip
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-NEEDLE = "\nThe pass key is {}. Remember it. {} is the pass key.\n"
-QUESTION = "\nWhat is the pass key? The pass key is"
-CUE = 2  # digits of a key that a question after one of several gives
-CUED = "\nWhat is the pass key that begins with {0}? The pass key is {0}"
 
 
 # ---- 1. perplexity --------------------------------------------------------------------------------------------------
@@ -113,176 +108,6 @@ def scores(result: Result, context: int) -> dict[str, Any]:
         "of processor": round(1000 * result.processor / n, 2),
         "MiB": round(result.nbytes / 2**20, 1),
     }
-
-
-# ---- 2. pass key ----------------------------------------------------------------------------------------------------
-
-
-def hidden(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[torch.Tensor, str]:
-    """About `length` tokens of filler, with a random pass key at `depth` of them; and that key."""
-    key = str(random.Random(f"{seed} {length} {depth}").randrange(10_000, 100_000))
-    filler = tokenizer(FILLER, add_special_tokens=False)["input_ids"]
-    needle = tokenizer(NEEDLE.format(key, key), add_special_tokens=False)["input_ids"]
-    sentences = (length - len(needle)) // len(filler)
-    before = round(depth * sentences)
-    return torch.tensor([filler * before + needle + filler * (sentences - before)]), key
-
-
-def many_hidden(tokenizer: Any, length: int, many: int, seed: int) -> tuple[torch.Tensor, list[tuple[str, range]]]:
-    """About `length` tokens of filler with `many` keys hidden evenly in it, no two of which begin alike; and the keys,
-    each with the tokens that tell it."""
-    rng = random.Random(f"{seed} {many}")
-    keys = [str(1000 * start + rng.randrange(1000)) for start in rng.sample(range(10, 100), many)]
-    filler = tokenizer(FILLER, add_special_tokens=False)["input_ids"]
-    needles = [tokenizer(NEEDLE.format(key, key), add_special_tokens=False)["input_ids"] for key in keys]
-    sentences = (length - sum(map(len, needles))) // len(filler)
-    ids: list[int] = []
-    places = []
-    for i, needle in enumerate(needles):
-        between = round((i + 0.5) / many * sentences) - round((i - 0.5) / many * sentences) * (i > 0)
-        ids += filler * between + needle
-        places.append(range(len(ids) - len(needle), len(ids)))
-    ids += filler * (sentences - round((many - 0.5) / many * sentences))
-    return torch.tensor([ids]), list(zip(keys, places, strict=True))
-
-
-def alone(memory: Any, keys: list[tuple[str, range]]) -> Iterator[str]:
-    """Each of `keys` in turn, while of the others nothing is remembered: in their places `memory` has the keys and
-    values of the tokens before them once more. Afterwards it is what it was."""
-    of_keys = np.array([place for _, places in keys for place in places])
-    of_text = np.array([place - len(places) for _, places in keys for place in places])
-    stores = [(i, name) for i, layer in memory.layers.items() for name in layer.stores if name != "first"]
-    own: dict[tuple[int, str], list[np.ndarray]] = {}
-    for key, places in [*keys, ("", range(max(places[-1] for _, places in keys) + 1))]:
-        for where in stores:
-            layer, store = memory.layers[where[0]], memory.layers[where[0]].stores[where[1]]
-            there, instead = of_keys - layer.capacities["first"], of_text - layer.capacities["first"]
-            held = (instead >= store.written[0] - store.tokens[0]) & (there < store.written[0])
-            if held.any():
-                state = store.state_dict()
-                arrays = [a for name, a in state.items() if name.endswith((".keys", ".values", ".labels"))]
-                there, instead = there[held] % store.capacity, instead[held] % store.capacity
-                mine = np.isin(of_keys[held], places)
-                originals = own.setdefault(where, [a[:, there].copy() for a in arrays])
-                for array, original in zip(arrays, originals, strict=True):
-                    wide = mine[:, None] if array.ndim == 3 else mine
-                    array[:, there] = np.where(wide, original, array[:, instead])
-                layer.stores[where[1]] = type(store).from_state_dict(state)
-                layer.take_over(layer)  # what it keeps of its stores is not theirs any more
-        if key:
-            yield key
-
-
-def cued(key: str) -> tuple[str, str]:
-    """The question for one key of several, and the rest of that key."""
-    return CUED.format(key[:CUE]), key[CUE:]
-
-
-def knows(tokenizer: Any, question: str, answer: str, forward: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether every token of the answer is the likeliest next one: what greedy generation would write."""
-    question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
-    logits = forward(torch.tensor([question + answer]))
-    return logits[0, len(question) - 1 : -1].argmax(-1).tolist() == answer
-
-
-@torch.inference_mode()
-def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Every length, depth and seed, by perdure, by the previous window, and by full attention.
-
-    Texts of one length begin alike, with filler up to their keys: that is read once, and copied for each of them, which
-    gives what reading each text alone gives, bit for bit, as copies are made between windows. "perdure seconds" are
-    those of a text's filler and of what is its own.
-    """
-    model, tokenizer = pretrained.model, pretrained.tokenizer
-    for length in setting["lengths"]:
-        texts = {depth: hidden(tokenizer, length, depth, setting["seed"]) for depth in sorted(setting["depths"])}
-        filler, _ = hidden(tokenizer, length, 1.0, setting["seed"])
-        memory, done, filling = attach(model, capacity=length, index=setting["index"], **setting["further"]), 0, 0.0
-        try:
-            for depth, (ids, key) in texts.items():
-                row: dict[str, Any] = {"length": ids.shape[1], "depth": depth}
-                alike = int((ids != filler)[0].int().argmax()) if depth < 1 else 0
-                branch, start = alike // WINDOW * WINDOW, time.perf_counter()
-                memory.read_document(ids[:, done:branch], progress=False, retrieve=setting["retrieve"])
-                filling, done, last = filling + time.perf_counter() - start, branch, depth == max(texts)
-                kept, start = None if last else copied(memory), time.perf_counter()
-                memory.read_document(ids[:, branch:], progress=False, retrieve=setting["retrieve"])
-                with memory.frozen():
-                    row["perdure"] = knows(tokenizer, QUESTION, f" {key}", lambda q: model(q, use_cache=False).logits)
-                row["perdure seconds"] = round(filling + time.perf_counter() - start, 1)
-                row["GiB"] = round(memory.nbytes / 2**30, 2)
-                if kept:
-                    memory.replace(*kept)
-                keep(row)
-        finally:
-            detach(model)
-        for depth, (ids, key) in texts.items():
-            row = {"length": ids.shape[1], "depth": depth}
-            for name, part in (("previous window", ids[:, -WINDOW:]), ("full attention", ids)):
-                if part.shape[1] + 2 * len(QUESTION) <= setting["full to"]:
-                    row[name] = knows(tokenizer, QUESTION, f" {key}", functools.partial(_after, model, part))
-            if len(row) > 2:
-                keep(row)
-
-
-def copied(memory: Any) -> tuple[Any, ...]:
-    """What `memory` remembers now, as its `replace` takes it."""
-    layers = {i: copy.copy(layer) for i, layer in memory.layers.items()}
-    for layer in layers.values():
-        layer.select(range(len(memory.tokens)))
-    return layers, [list(history) for history in memory.history], memory.following
-
-
-@torch.inference_mode()
-def many_pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
-    """One reading of the longest length; after each length, every key read by then is asked for."""
-    model, tokenizer, seconds, done = pretrained.model, pretrained.tokenizer, 0.0, 0
-    ids, keys = many_hidden(tokenizer, max(setting["lengths"]), setting["keys"], setting["seed"])
-    memory = attach(model, capacity=ids.shape[1], index=setting["index"], **setting["further"])
-
-    def forward(question: torch.Tensor) -> torch.Tensor:
-        with memory.frozen():
-            return model(question, use_cache=False).logits
-
-    try:
-        for length in sorted(setting["lengths"]):
-            start = time.perf_counter()
-            memory.read_document(ids[:, done:length], progress=False, retrieve=setting["retrieve"])
-            seconds, done = seconds + time.perf_counter() - start, length
-            asked = [(key, places) for key, places in keys if places[-1] < length]
-            row = {"length": min(length, ids.shape[1]), "keys": len(asked), "seconds to read": round(seconds, 1)}
-            row["GiB"] = round(memory.nbytes / 2**30, 2)
-            start = time.perf_counter()
-            row["by its start"] = sum(knows(tokenizer, *cued(key), forward) for key, _ in asked)
-            row["seconds a question"] = round((time.perf_counter() - start) / max(len(asked), 1), 2)
-            keep(row)
-            for key in alone(memory, asked):
-                depth = round(dict(asked)[key][-1] / row["length"], 3)
-                keep({"length": row["length"], "depth": depth, "alone": knows(tokenizer, QUESTION, f" {key}", forward)})
-    finally:
-        detach(model)
-    for length in setting["lengths"]:
-        asked = [key for key, places in keys if places[-1] < length]
-        for name, first in (("previous window", max(length - WINDOW, 0)), ("full attention", 0)):
-            if length - first + 2 * len(CUED) <= setting["full to"]:
-                cache = DynamicCache(config=model.config)
-                for start in range(first, length, WINDOW):
-                    model(ids[:, start : min(start + WINDOW, length)], past_key_values=cache, logits_to_keep=1)
-                hits = sum(knows(tokenizer, *cued(key), functools.partial(_continued, model, cache)) for key in asked)
-                keep({"length": length, "keys": len(asked), f"{name}, by its start": hits})
-
-
-def _after(model: Any, part: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-    """Logits of a question right after `part`."""
-    ids = torch.cat([part, question], dim=1)
-    return model(ids, use_cache=False, logits_to_keep=question.shape[1]).logits
-
-
-def _continued(model: Any, cache: Any, question: torch.Tensor) -> torch.Tensor:
-    """Logits of a question after what is cached, which stays as it is."""
-    logits = model(question, past_key_values=cache, use_cache=True).logits
-    cache.crop(-question.shape[1])
-    return logits
 
 
 # ---- 3. definitions -------------------------------------------------------------------------------------------------
@@ -342,6 +167,48 @@ def at_uses(result: Result, uses: list[tuple[range, list[int]]]) -> dict[str, An
         row |= {"retrieved a mention": round(hits / max(len(inside), 1), 3)}
         row |= {"by chance": round(chance / max(len(inside), 1), 4)}
     return row
+
+
+# ---- 4. time --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def times(model: Any, ids: torch.Tensor, setting: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """What comes after n tokens of the document, by full attention as far as it goes and by perdure."""
+
+    def call(part: torch.Tensor, cache: DynamicCache | None) -> None:
+        model(part, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+
+    def took(many: int, part: torch.Tensor, cache: DynamicCache | None) -> float:
+        seconds = []
+        for _ in range(many):
+            start = time.process_time()
+            call(part, cache)
+            seconds.append(time.process_time() - start)
+            if cache is not None:
+                cache.crop(-part.shape[1])
+        return 1000 * statistics.median(seconds[1:])  # the first compiles
+
+    def row(n: int, way: str, window: float, one: float) -> None:
+        keep({"after": n, "way": way, "ms a token of a window": round(window / WINDOW, 2), "one": round(one, 1)})
+
+    lengths, done, cache = sorted(setting["lengths"]), 0, DynamicCache(config=model.config)
+    for n in (n for n in lengths if n <= setting["full to"]):
+        for start in range(done, n, WINDOW):
+            call(ids[:, start : start + WINDOW], cache)
+        following, done = ids[:, n : n + WINDOW], n
+        row(n, "full attention", took(4, following, cache), took(12, following[:, :1], cache))
+    memory, done = attach(model, capacity=lengths[-1], index=setting["index"], **setting["further"]), 0
+    try:
+        for n in lengths:
+            memory.read_document(ids[:, done:n], progress=False, retrieve=False)
+            following, done, cache = ids[:, n : n + WINDOW], n, DynamicCache(config=model.config)
+            with memory.frozen():
+                window = took(6, following, None)
+                call(following[:, : WINDOW // 2], cache)  # a question, whose answer has begun
+                row(n, "perdure", window, took(12, following[:, -1:], cache))
+    finally:
+        detach(model)
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------
@@ -423,6 +290,8 @@ def main() -> None:
         many_pass_keys(pretrained, setting, functools.partial(note, "many pass keys"))
     elif "passkey" in chosen:
         pass_keys(pretrained, setting, functools.partial(note, "passkey"))
+    if "time" in chosen:
+        times(pretrained.model, ids, setting, functools.partial(note, "time"))
     if "perplexity" in chosen:
         read_every_way(pretrained.model, ids, setting, keep)
         plot(kept, losses, options.output.with_suffix(".png"))

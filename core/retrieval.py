@@ -157,11 +157,14 @@ def similarity(queries: Any, keys: Any, space: str) -> Any:
         return unit(queries) @ xp.matrix_transpose(unit(keys))
     if space == "ip":
         return queries @ xp.matrix_transpose(keys)
-    # |q-k|² = |q|² - 2 q·k + |k|² cancels: float64, centred, keeps what float32 inputs can tell apart
+    # |q-k|² = |q|² - 2 q·k + |k|² cancels: float64, from a key in the middle of all, keeps what float32 inputs can tell
+    # apart; and what is whole in the inputs stays whole, so that ties do
     computing = queries.dtype
     queries, keys = cast(queries, xp.float64), cast(keys, xp.float64)
     if keys.shape[-2]:
-        centre = xp.mean(keys, axis=-2, keepdims=True)
+        away = keys - xp.mean(keys, axis=-2, keepdims=True)
+        middle = xp.argmin(xp.sum(away * away, axis=-1, keepdims=True), axis=-2, keepdims=True)
+        centre = xp.take_along_axis(keys, xp.broadcast_to(middle, (*keys.shape[:-2], 1, keys.shape[-1])), axis=-2)
         queries, keys = queries - centre, keys - centre
     squares = xp.sum(queries * queries, axis=-1)[..., :, None] + xp.sum(keys * keys, axis=-1)[..., None, :]
     distances = squares - 2 * (queries @ xp.matrix_transpose(keys))

@@ -223,21 +223,25 @@ def assert_finite_gradients(results, args):
         assert gradient is None or bool(gradient.isfinite().all())
 
 
+@pytest.mark.parametrize("space", ["ip", "l2"])
 @pytest.mark.parametrize("run", ["numpy", "numba", "torch"])
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_ties_go_to_the_newest_on_every_backend(run, data):
+def test_ties_go_to_the_newest_on_every_backend(run, space, data):
     """On small integers every score is exact, so positions must agree to the last one, ties included."""
     n, q, d, k = (data.draw(st.integers(1, high)) for high in (150, 8, 9, 40))
     whole = strategies.values((2, q, d), kinds=("integers", "equal")), strategies.values((2, n, d), kinds=("integers",))
     queries, keys = (data.draw(w) for w in whole)
     start = data.draw(st.integers(0, n - 1))
-    scores = queries @ np.roll(keys, -start, axis=1).swapaxes(1, 2)
+    in_order = np.roll(keys, -start, axis=1)
+    scores = queries @ in_order.swapaxes(1, 2)
+    if space == "l2":
+        scores = -np.square(queries[:, :, None] - in_order[:, None]).sum(axis=-1)
     order = np.lexsort((-np.broadcast_to(np.arange(n), scores.shape), -scores), axis=-1)[..., :k]
-    kernel = KERNELS["retrieve"]
+    kernel, dtype = KERNELS["retrieve"], data.draw(st.sampled_from(FLOATS))
     as_run = torch.from_numpy if run == "torch" else np.asarray
     with perdure.backend("numpy" if run == "torch" else run):
-        _, positions = kernel(as_run(queries.astype("f")), as_run(keys.astype("f")), k, "ip", None, start)
+        _, positions = kernel(as_run(queries.astype(dtype)), as_run(keys.astype(dtype)), k, space, None, start)
     np.testing.assert_array_equal(np.asarray(positions)[..., : min(n, k)], order)
 
 

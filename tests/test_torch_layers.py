@@ -410,6 +410,30 @@ def test_wrong_arguments_are_named(name):
     torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [TransformerXLAttention, MemorizingAttention])
+def test_token_by_token_compiles_into_few_graphs(kind):
+    torch._dynamo.reset()
+    options = {"capacity": 30, "k": 3} if kind is MemorizingAttention else {}
+    layer, x = kind(DIM, HEADS, segment=16, window=4, **options), tokens(1, 40).float()
+    compiled, memory, outputs = torch.compile(layer, fullgraph=True, backend="aot_eager"), layer.memory(1), []
+    for token in x.split(1, dim=1):  # more phases than PyTorch allows graphs
+        output, memory = compiled(token, memory)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x)[0])
+
+
+@every_layer
+def test_a_memory_moves_with_its_numbers(name):
+    layer, x = build(name), tokens(2, 2 * SEGMENT)
+    _, memory = run(layer, x)
+    moved = memory.to("cpu")
+    assert all(tensor.device.type == "meta" for tensor in memory.to("meta").tensors().values())
+    close(layer(x, moved)[0], layer(x, memory)[0])
+    wrong = memory.following(position=memory.position.double())
+    with pytest.raises(DTypeError, match=r"memory\.position"):
+        layer(x, wrong)
+
+
 @pytest.mark.parametrize(
     ("kind", "one", "other", "said"),
     [
@@ -417,6 +441,8 @@ def test_wrong_arguments_are_named(name):
         (MemorizingAttention, {"window": 4, "overlap": True}, {"window": 4, "overlap": False}, "overlap=False"),
         (MemorizingAttention, {"capacity": 20}, {"capacity": 40}, "capacity=40"),
         (MemorizingAttention, {"dtype": "float16"}, {"dtype": "float32"}, "dtype='float32'"),
+        (MemorizingAttention, {"normalize": True}, {"normalize": False}, "normalize=False"),
+        (ContinuousAttention, {"gated": True}, {"gated": False}, "gated=False"),
         (TransformerXLAttention, {"segment": 6, "window": 8}, {"segment": 8, "window": 6}, "window=6"),
         (CompressiveAttention, {"segment": 6, "window": 12}, {"segment": 12, "window": 6}, "segment=12"),
         (CompressiveAttention, {"rate": 2}, {"rate": 3}, "rate=3"),

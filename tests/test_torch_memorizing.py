@@ -202,6 +202,19 @@ def test_the_operator_keeps_its_promises():
     torch.library.opcheck(recall, arguments)
 
 
+def test_a_step_is_told_by_its_numbers_whoever_reuses_their_place():
+    """A compiled graph writes other numbers where an operator's arguments were, once the operator has returned."""
+    layer = build("memorizing")
+    _, memory = run(layer, tokens(2, 3 * SEGMENT))
+    queries = torch.randn(2, HEADS, 4, DIM // HEADS, dtype=torch.float64)
+    given = (memory.keys, memory.values, memory.position, torch.tensor([False, True]))
+    lent = [tensor.clone() for tensor in given]
+    expected = recall(memory.token, queries, *lent, 3)
+    for tensor in lent:
+        tensor.zero_()
+    torch.testing.assert_close(recall(memory.token, queries, *given, 3), expected, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # raised inside PyTorch
 def test_inductor_compiles_a_training_step():

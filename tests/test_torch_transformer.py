@@ -42,6 +42,13 @@ def test_left_padding_changes_nothing():
     torch.testing.assert_close(model(padded, mask=mask)[0][:, 5:], expected)
 
 
+def test_padding_may_be_any_token():
+    model, mask = build(), torch.arange(9) < torch.tensor([[9], [5]])
+    expected, _ = model(words(2, 9), mask=mask)
+    given, _ = model(torch.where(mask, words(2, 9), -100), mask=mask)
+    torch.testing.assert_close(given, expected, rtol=0, atol=0)
+
+
 def test_checkpointing_trains_alike():
     gradients = []
     for checkpointing in (False, True):
@@ -78,12 +85,17 @@ def test_a_saved_memory_continues_bit_by_bit():
         (FrameworkError, "tokens", lambda m: m([[1, 2]])),
         (DTypeError, "tokens", lambda m: m(torch.zeros(1, 3))),
         (ShapeError, "tokens", lambda m: m(torch.zeros(3, dtype=torch.long))),
+        (ArgumentError, "tokens", lambda m: m(words(1, 3) + 11)),
+        (ArgumentError, "tokens", lambda m: m(-1 - words(1, 3))),
         (ArgumentError, "memory", lambda m: m(words(1, 3), m.memory(1)[:1])),
         (ArgumentError, "memory", lambda m: m(words(1, 3), m.memory(1)[1])),
         (ArgumentError, "layers", lambda m: MemoryTransformer(11, [])),
         (ArgumentError, "layers", lambda m: MemoryTransformer(11, [torch.nn.Linear(2, 2)])),
         (ArgumentError, "dropout", lambda m: MemoryTransformer(11, [block.attention for block in m.blocks], dropout=2)),
         (ArgumentError, "state", lambda m: m.memory_from_state_dict({"7.position": torch.zeros(1)})),
+        (ArgumentError, "state", lambda m: m.memory_from_state_dict(3)),
+        (ArgumentError, "layers", lambda m: MemoryTransformer(11, m.blocks[0].attention)),
+        (ArgumentError, "checkpointing", lambda m: build(checkpointing="no")),
     ],
 )
 def test_wrong_arguments_are_named(error, argument, call):

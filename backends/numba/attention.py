@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from . import threads
 from .certify import ring_slot
 from .flat import flatten
+from .search import query_blocks
+from .threads import in_parallel
 
 
 def attention(
@@ -37,11 +38,8 @@ def averaged(scores: np.ndarray, values: np.ndarray, positions: np.ndarray, scal
 def each_block(work: Any, lead: tuple[int, ...], shape: tuple[int, int, int], dtype: Any) -> Any:
     """Output and lse, (b, q, width) and (b, q), which `work` fills for the queries of one block at a time."""
     output, lse = np.empty(shape, dtype), np.empty(shape[:2], dtype)
-    shares = -(-threads.limit() // max(shape[0], 1))
-    size = max(-(-shape[1] // shares), 1)
-    blocks = [slice(first, first + size) for first in range(0, shape[1], size)]
-    tasks = [(b, some, output[b, some], lse[b, some]) for b in range(shape[0]) for some in blocks]
-    threads.in_parallel(work, tasks)
+    blocks = query_blocks(shape[1], shape[0])
+    in_parallel(work, [(b, some, output[b, some], lse[b, some]) for b in range(shape[0]) for some in blocks])
     return output.reshape(*lead, *shape[1:]), lse.reshape(*lead, shape[1])
 
 

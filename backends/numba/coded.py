@@ -16,7 +16,7 @@ from .panels import aligned
 from .retrieval import search_rows
 from .ring import Panels
 from .scan import kth_largest_rows
-from .search import NOTHING, query_blocks
+from .search import NOTHING, query_blocks, resident
 from .threads import in_parallel
 from .tile import lanes
 from .unit import unit
@@ -114,7 +114,7 @@ class Codes:
             scores[head, block, :some], ages[head, block, :some] = found
             return helpless
 
-        blocks = query_blocks(q, d, 1, heads)
+        blocks = query_blocks(q, heads, resident(d, 1))
         given_up = in_parallel(work, [(head, block) for head in range(heads) for block in blocks] if some else [])
         if 2 * sum(given_up) > heads * q:
             self.tired = TIRED

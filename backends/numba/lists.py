@@ -11,6 +11,7 @@ from .chains import NONE, Chains, just_below
 from .heap import offer, order
 from .panels import aligned, place
 from .scan import NO_SCALES, below, panels_a_tile, score
+from .search import query_blocks
 from .threads import in_parallel
 from .tile import FEW, MANY, ONE, highest_bit, lanes
 
@@ -72,12 +73,16 @@ def search_all(
     oldest: int,
     sure: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and positions (heads, q, k) of every head's queries (heads, q, d), several heads at once."""
-    tasks = [(made, queries[h], probes[h], keys[h]) for h, made in enumerate(heads)]
-    found = in_parallel(lambda made, asked, lists, own: made.search(asked, k, lists, own, start, oldest, sure), tasks)
-    if len(found) == 1:
-        return found[0][0][None], found[0][1][None]
-    scores, positions = (np.stack(parts) for parts in zip(*found, strict=True))
+    """Scores and positions (heads, q, k) of every head's queries (heads, q, d), several heads or blocks at once."""
+    shape = *queries.shape[:2], k
+    scores, positions = np.empty(shape, queries.dtype), np.empty(shape, np.int64)
+
+    def work(h: int, block: slice) -> None:
+        found = heads[h].search(queries[h, block], k, probes[h, block], keys[h], start, oldest, sure)
+        scores[h, block], positions[h, block] = found
+
+    blocks = query_blocks(queries.shape[1], len(heads))
+    in_parallel(work, [(h, block) for h in range(len(heads)) for block in blocks])
     return scores, positions
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from .flat import flatten
 from .panels import empty_panels, place
 from .scan import NO_SCALES
-from .search import NOTHING, Search, query_blocks
+from .search import NOTHING, Search, query_blocks, resident
 from .threads import in_parallel
 from .unit import unit
 
@@ -33,7 +33,8 @@ def retrieve(queries: np.ndarray, keys: np.ndarray, k: int, space: str, mask: An
         found = search_rows(asked, keys[b], some, space, allowed, start)
         scores[b, block, :some], positions[b, block, :some] = found
 
-    in_parallel(work, [(b, block) for b in range(batch) for block in query_blocks(q, d, queries.itemsize, batch)])
+    blocks = query_blocks(q, batch, resident(d, queries.itemsize))
+    in_parallel(work, [(b, block) for b in range(batch) for block in blocks])
     return scores.reshape(*lead, q, k), positions.reshape(*lead, q, k)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from . import machine
 from .panels import aligned, empty_panels, grouped, place
 from .scan import NO_SCALES, scan_ring
-from .search import group_size, query_blocks
+from .search import group_size, query_blocks, resident
 from .shortlist import shortlisted, worthwhile
 from .threads import in_parallel
 from .unit import unit
@@ -77,6 +77,6 @@ class Panels:
             scan_ring(*self.heads[head], stored, start, groups, best, places, self.space == "l2")
             scores[head, block, :some], ages[head, block, :some] = best, places
 
-        blocks = query_blocks(q, d, self.computing.itemsize, heads)
+        blocks = query_blocks(q, heads, resident(d, self.computing.itemsize))
         in_parallel(work, [(head, block) for head in range(heads) for block in blocks] if some else [])
         return scores, ages

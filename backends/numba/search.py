@@ -42,10 +42,14 @@ def group_size(q: int) -> int:
     return ONE[1] if q <= ONE[1] else FEW[1] if q <= FEW[1] else MANY[1]
 
 
-def query_blocks(q: int, d: int, itemsize: int, batch: int) -> list[slice]:
-    """Queries to search together: as many as stay in cache, but enough blocks to employ every thread."""
-    most = max(RESIDENT // max(d * itemsize, 1), 1)
+def resident(d: int, itemsize: int) -> int:
+    """How many queries stay in cache while all keys pass by."""
+    return max(RESIDENT // max(d * itemsize, 1), 1)
+
+
+def query_blocks(q: int, batch: int, most: int | None = None) -> list[slice]:
+    """Queries to search together: at most so many, and enough blocks to employ every thread."""
     shares = -(-threads.limit() // max(batch, 1))
-    size = max(min(most, -(-q // shares)), 1)
-    size = -(-size // MANY[1]) * MANY[1]
+    size = max(-(-q // shares), 1)
+    size = -(-(size if most is None else min(size, most)) // MANY[1]) * MANY[1]
     return [slice(first, min(first + size, q)) for first in range(0, q, size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,13 +106,12 @@ def with_memory(
     """perdure: windows by themselves, and k memories retrieved for every query of every layer."""
     memory = attach(model, capacity=capacity, window=window, **settings)
     try:
-        with memory.tracing() as record:
-            memory.trace = record if trace else None
+        with memory.tracing() if trace else nullcontext() as record:
             name = f"perdure memory {capacity}"
             read = _timed(name, lambda: (memory.read_document(ids, advance, score=True), memory.nbytes))
     finally:
         detach(model)
-    return replace(read, trace=record) if trace else read
+    return replace(read, trace=record)
 
 
 def _timed(name: str, read: Callable[[], tuple[torch.Tensor, int]]) -> Result:

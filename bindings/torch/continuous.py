@@ -144,7 +144,7 @@ class ContinuousAttention(TransformerXLAttention):
         self.scheme = Scheme(self.basis, penalty(ridge), checks.count("samples", samples), compat is not None)
         self.bins = original.BINS
         functions = np.stack([self.basis.centers, self.basis.widths])
-        self.settings |= {"basis": f"{self.basis!r} with CRC {zlib.crc32(functions.tobytes()):08x}"}
+        self.settings |= {"basis": f"{self.basis!r} with CRC {zlib.crc32(functions.tobytes()):08x}", "gated": gated}
         inner, N = self.heads * self.head_dim, len(self.basis)
         self.signal_key, self.signal_value = (nn.Linear(dim, inner, bias=False) for _ in range(2))
         self.signal_output = nn.Linear(inner, dim, bias=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -52,28 +51,14 @@ class KNNState(State):
     def nbytes(self) -> int:
         return super().nbytes + self.memory.nbytes
 
-    def select(self, rows: Sequence[int]) -> Self:
+    def _remade(self, rows: list[int]) -> dict[str, Any]:
         self._newest()
-        index = self._index(rows)
-        ledger = self.ledger.copy(index)
-        parts = {name: tensor[index] for name, tensor in self.tensors().items()}
-        return type(self)(**self._progress(), ledger=ledger, token=ledger.token(), **parts)
+        ledger = self.ledger.copy(rows)
+        return {"ledger": ledger, "token": ledger.token()}
 
     def _newest(self) -> None:
-        """The kNN memory is as this state left it.
-
-        Raises
-        ------
-        ArgumentError
-        """
-        steps = int(self.token[1])
-        if steps != self.ledger.steps:
-            raise ArgumentError(
-                "memory",
-                f"the latest state of this memory, after {self.ledger.steps} steps",
-                f"the state after {steps}, whose kNN memory has gone on",
-                "Copy, select or save a state before it is passed to a layer.",
-            )
+        """The kNN memory is as this state left it, or an ArgumentError is raised."""
+        self.ledger.newest(int(self.token[1]), "Copy, select or save a state before it is passed to a layer.")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         self._newest()

@@ -152,7 +152,8 @@ class MemorizingAttention(SegmentedAttention):
         self.gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
         self.bias = nn.Embedding(32, self.heads) if positions == "t5" else None
         KNNMemory(1, self.kv_heads, self.head_dim, self.capacity, index=index, dtype=dtype)  # refuses what it cannot do
-        self.settings |= {"overlap": overlap, "capacity": self.capacity, "index": index, "dtype": dtype}
+        self.settings |= {"overlap": overlap, "normalize": normalize, "capacity": self.capacity}
+        self.settings |= {"index": index, "dtype": dtype}
 
     def memory(self, rows: int) -> KNNState:
         """A fresh memory for `rows` documents."""

@@ -62,18 +62,26 @@ class Ledger:
         call = (keys, values, position, start)
         if steps == self.steps - 1 and self.last is not None and all(map(same, call, self.last)):
             return
-        if steps != self.steps:
-            raise ArgumentError(
-                "memory",
-                f"the latest state of this memory, after {self.steps} steps",
-                f"the state after {steps}",
-                "Memory goes one way: to continue one past twice, take copy.deepcopy(memory) before it is first "
-                "continued; where gradients are checkpointed, run backward before the next call, with calls of at most "
-                "one segment.",
-            )
+        self.newest(
+            steps,
+            "Memory goes one way: to continue one past twice, take copy.deepcopy(memory) before it is first continued; "
+            "where gradients are checkpointed, run backward before the next call, and let no row complete a segment "
+            "but at the end of a call.",
+        )
         self._write(keys, values, position)
         self.memory.clear(start.nonzero().flatten().tolist())
-        self.steps, self.last = steps + 1, tuple(t.detach() for t in call)
+        self.steps, self.last = steps + 1, tuple(t.detach().clone() for t in call)  # a compiled graph reuses its own
+
+    def newest(self, steps: int, remedy: str) -> None:
+        """The memory is as it was after so many steps.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        if steps != self.steps:
+            expected = f"the latest state of this memory, after {self.steps} steps"
+            raise ArgumentError("memory", expected, f"the state after {steps}, whose memory has gone on", remedy)
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
         """Write every complete segment of the window, of all rows at once or, where that is refused, of none."""
@@ -101,8 +109,8 @@ class Ledger:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every number; two names of one memory are not compared."""
-    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+    """Equal in every number."""
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 @torch.library.custom_op("perdure::recall", mutates_args=())

@@ -87,7 +87,10 @@ class SegmentedAttention(nn.Module):
             return output[:, :0], memory
         outputs, losses, n = [], [], x.shape[1]
         even = not memory.ragged and mask is None and (start is None or memory.phase == 0)
-        if even or memory.phase + n <= self.segment:
+        cuts: list[int] = []
+        if memory.phase + n <= self.segment:
+            pass  # told apart for a compiler, whose graph then serves every phase
+        elif even:
             cuts = list(range(self.segment - memory.phase, n, self.segment))
         elif torch.compiler.is_compiling():  # where boundaries lie is in the data, which a graph cannot ask
             return self._twice(x, memory, start, mask)
@@ -188,7 +191,8 @@ class SegmentedAttention(nn.Module):
             raise FrameworkError(
                 "x", f"a tensor on {weight.device}, as the layer is", f"one on {x.device}", "Move x or the layer."
             )
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        if x.dtype != weight.dtype and not casts:
             raise DTypeError(
                 "x",
                 f"{weight.dtype}, as the layer is",

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from ...backends.errors import ArgumentError, FrameworkError, ShapeError
+from ...backends.errors import ArgumentError, DTypeError, FrameworkError, ShapeError
 from ...core import checks
 
 
@@ -64,8 +64,18 @@ class State:
             A row out of range, or none at all.
         """
         index = self._index(rows)
+        made = self._remade(index)
         parts = {name: tensor[index] for name, tensor in self.tensors().items()}
-        return type(self)(**self._progress(), **parts)
+        return type(self)(**self._progress(), **parts, **made)
+
+    def to(self, device: torch.device | str) -> Self:
+        """A state of its own with the tensors on `device`; a kNN memory follows its layer's at the next write."""
+        made = self.select(range(self.rows))
+        return made.following(**{name: tensor.to(device) for name, tensor in made.tensors().items()})
+
+    def _remade(self, rows: list[int]) -> dict[str, Any]:
+        """What a state of `rows` has in the fields that are `_made`."""
+        return {}
 
     def _progress(self) -> dict[str, Any]:
         """The fields that are no tensors."""
@@ -142,7 +152,10 @@ class State:
     @classmethod
     def _parts(cls, state: dict[str, Any]) -> dict[str, Any]:
         try:
-            config = json.loads(bytes(np.asarray(state["config"], np.uint8)))
+            config = state["config"]
+            config = json.loads(
+                bytes(np.asarray(config.cpu() if isinstance(config, torch.Tensor) else config, np.uint8))
+            )
             kind = config.pop("kind")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(
@@ -166,25 +179,31 @@ class State:
 
         Raises
         ------
-        ShapeError, FrameworkError, ArgumentError
+        ShapeError, DTypeError, FrameworkError, ArgumentError
         """
         if self.rows != x.shape[0]:
             raise ShapeError(
                 "memory", f"{x.shape[0]} rows, as x has", f"{self.rows}", "Use memory.select(rows), or a fresh memory."
             )
         for name, tensor in self.tensors().items():
-            wanted = shapes.get(name, ())
-            if tuple(tensor.shape[1:]) != wanted:
+            shape = shapes.get(name, ())
+            if tuple(tensor.shape[1:]) != shape:
                 raise ShapeError(
                     f"memory.{name}",
-                    f"shape {('rows', *wanted)}",
+                    f"shape {('rows', *shape)}",
                     str(tuple(tensor.shape)),
                     "Pass the memory of a layer with the same configuration.",
                 )
             if tensor.device != x.device:
                 raise FrameworkError(
-                    f"memory.{name}", f"a tensor on {x.device}, as x is", f"one on {tensor.device}", "Move x to it."
+                    f"memory.{name}",
+                    f"a tensor on {x.device}, as x is",
+                    f"one on {tensor.device}",
+                    "Use memory.to(device).",
                 )
+            if tensor.dtype != torch.int64 if name == "position" else not tensor.is_floating_point():
+                wanted = "int64" if name == "position" else "floating-point numbers"
+                raise DTypeError(f"memory.{name}", wanted, str(tensor.dtype), "Pass an unaltered state.")
         alike("memory", settings, self.settings)
 
 

@@ -61,7 +61,7 @@ class MemoryTransformer(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        layers = list(layers)
+        layers = list(layers) if isinstance(layers, Iterable) else []
         if not layers or not all(isinstance(layer, SegmentedAttention) for layer in layers):
             kinds = ", ".join(type(layer).__name__ for layer in layers) or "none"
             raise ArgumentError("layers", "at least one attention layer, and only such", kinds, "See the example.")
@@ -75,7 +75,7 @@ class MemoryTransformer(nn.Module):
         self.embedding = nn.Embedding(checks.count("vocabulary", vocabulary), dim)
         self.blocks = nn.ModuleList(Block(layer, checks.count("hidden", hidden) * dim, dropout) for layer in layers)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
-        self.checkpointing = checkpointing
+        self.checkpointing = checks.flag("checkpointing", checkpointing)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)  # so that the tied head's scores start near 1
 
     def memory(self, rows: int) -> tuple[State, ...]:
@@ -100,7 +100,7 @@ class MemoryTransformer(nn.Module):
         start : bool tensor (rows,), optional
             True where a new document begins.
         mask : bool tensor (rows, n), optional
-            False is padding.
+            False is padding, whatever its tokens are.
 
         Returns
         -------
@@ -118,6 +118,10 @@ class MemoryTransformer(nn.Module):
             raise DTypeError("tokens", "integers", str(tokens.dtype), "Pass tokens.long().")
         if tokens.ndim != 2:
             raise ShapeError("tokens", "shape (rows, n)", str(tuple(tokens.shape)), "Give each row its tokens.")
+        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == tokens.shape:
+            tokens = torch.where(mask, tokens, 0)  # padding may hold anything
+        if not torch.compiler.is_compiling():
+            checks.within("tokens", tokens, 0, self.embedding.num_embeddings - 1)
         if memory is None:
             memory = self.memory(tokens.shape[0])
         if not isinstance(memory, tuple | list) or len(memory) != len(self.blocks):
@@ -145,6 +149,8 @@ class MemoryTransformer(nn.Module):
         ------
         ArgumentError
         """
+        if not isinstance(state, dict):
+            raise ArgumentError("state", "what memory_state_dict gave", type(state).__name__, "Pass it unaltered.")
         parts: list[dict[str, Any]] = [{} for _ in self.blocks]
         for name, tensor in state.items():
             number, _, rest = name.partition(".")
