@@ -152,6 +152,8 @@ def computing_dtype(*arrays: Any) -> Any:
 
 def narrow(array: Any, dtype: Any) -> Any:
     """`array` in a floating `dtype`; what leaves its range becomes its largest number, not infinity."""
+    if array.dtype == dtype:
+        return array
     xp = namespace(array)
     largest = xp.finfo(dtype).max
     if largest < xp.finfo(array.dtype).max:
@@ -161,4 +163,4 @@ def narrow(array: Any, dtype: Any) -> Any:
             if np.isfinite(made).all():
                 return made
         array = xp.where(xp.isinf(array), array, xp.clip(array, -largest, largest))
-    return cast(array, dtype)
+    return xp.astype(array, dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import kernel
-from ..backends.arrays import cast, common_framework, namespace
+from ..backends.arrays import cast, common_framework, inspectable, namespace
 from ..backends.errors import ArgumentError, DTypeError
 from . import checks
 from .retrieval import Neighbours, blanked, seen_by_any
@@ -206,16 +206,19 @@ def merge(*readings: Reading) -> Reading:
     for i, reading in enumerate(readings):
         if not isinstance(reading, Reading):
             raise ArgumentError(f"readings[{i}]", "a Reading", type(reading).__name__, "Pass what read or attend gave.")
-        parts = {f"readings[{i}].output": reading.output, f"readings[{i}].lse": reading.lse}
-        checks.floating_arrays(**{"readings[0].output": readings[0].output, **parts})
-        checks.shape(f"readings[{i}].output", reading.output, *readings[0].output.shape, whole=True)
-        checks.shape(f"readings[{i}].lse", reading.lse, *readings[0].output.shape[:-1], whole=True)
+    names = [(i, name) for i in range(len(readings)) for name in ("output", "lse")]
+    parts = {f"readings[{i}].{name}": getattr(readings[i], name) for i, name in names}
+    checks.floating_arrays(**parts)
+    shape = readings[0].output.shape
+    for (_, name), (argument, part) in zip(names, parts.items(), strict=True):
+        checks.shape(argument, part, *(shape if name == "output" else shape[:-1]), whole=True)
     neighbours = next((r.neighbours for r in readings if r.neighbours is not None), None)
     if len(readings) == 1:
         return readings[0]
-    output, lse = merged(*(part for reading in readings for part in (reading.output, reading.lse)))
-    lses = {f"readings[{i}].lse": blanked(r.lse, r.lse != -math.inf) for i, r in enumerate(readings)}
-    checks.outcome(output, **lses, **{f"readings[{i}].output": r.output for i, r in enumerate(readings)})
+    output, lse = merged(*parts.values())
+    if inspectable(output) and not checks.all_finite(output):
+        lses = {f"readings[{i}].lse": blanked(r.lse, r.lse != -math.inf) for i, r in enumerate(readings)}
+        checks.outcome(output, **lses, **{name: part for name, part in parts.items() if name not in lses})
     return Reading(output, lse, neighbours)
 
 

@@ -253,6 +253,18 @@ def test_auto_changes_its_mind_and_says_so(small, rng, monkeypatch):
     assert audit.overlap(after.positions, before.positions) >= 0.8
 
 
+@pytest.mark.parametrize(("queries", "searches"), [(4, 10), (40, 2)])
+def test_auto_makes_no_index_before_it_would_have_paid(small, rng, queries, searches):
+    """Lists of 600 keys cost as much here as they save with 38 queries, however many of those come at once."""
+    memory, _ = filled("auto", rng, costs={"lists": 1e-6, "few": 1.0, "trained": 3.0})
+    asked, names = clustered(rng, queries)[None, None], []
+    for i in range(searches):
+        memory.search(asked, 5)
+        names.append(memory._rows[0].index.name)
+        memory = copy.deepcopy(memory) if i == 4 else memory
+    assert names == ["exact"] * (searches - 1) + ["ivf"]
+
+
 def test_auto_leaves_lists_that_are_searched_whole_and_does_not_come_back(small, rng, monkeypatch):
     """Keys without any order: what audits then ask for is remembered, in copies too."""
     monkeypatch.setattr(auto, "LEAST", 100)

@@ -11,9 +11,20 @@ from .coded import exact_keys as exact_keys
 from .coded import rescore as rescore
 from .coded_lists import make_lists as make_lists
 from .lists import search_all as search_lists  # noqa: F401
+from .merged import merged
 from .positions import systematic
 from .retrieval import retrieve
 from .threads import rows_in_parallel as rows_in_parallel
 from .unit import unit
 
-__all__ = ["attention", "averaged", "expected_basis", "gaussians", "histogram", "retrieve", "systematic", "unit"]
+__all__ = [
+    "attention",
+    "averaged",
+    "expected_basis",
+    "gaussians",
+    "histogram",
+    "merged",
+    "retrieve",
+    "systematic",
+    "unit",
+]

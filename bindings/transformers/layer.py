@@ -116,25 +116,25 @@ class LayerMemory:
 
         `query` reads the recent ones, and `asked`, which may be scaled otherwise, all others.
 
-        A reading for each store; `neighbours` tell positions in everything the row has read, but for the first tokens,
-        which every query reads; of the recent ones, the `keep` nearest. Where that is None nothing is retrieved: only
-        what is read whole is read. There may be several times as many rows as are remembered: each row of memory then
-        serves that many, which follow one another. `before`, one number or (rows,), is added to their positions.
-        `nearest`, as `positions`, is where queries stand for what keeps its distance, if that is to grow no further.
+        A reading for each store; where any are to be kept, `neighbours` tell positions in everything the row has read,
+        but for the first tokens, which every query reads; of the recent ones, the `keep` nearest. Where that is None
+        nothing is retrieved: only what is read whole is read. There may be several times as many rows as are
+        remembered: each row of memory then serves that many, which follow one another, and whose positions `before`,
+        one number or (rows,), is added to. `nearest`, as `positions`, is where queries stand for what keeps its
+        distance, if that is to grow no further.
         """
         seen = self._seen(query, asked, angles, positions, nearest)
         whole = [name for name in WHOLE if name in seen]
         if len(whole) == 2 and seen["first"] is seen["recent"]:
             whole = ["first recent"]
-        readings = {
-            name: read_whole(self._held(name, query), seen[name.split()[0]], scale, keep or 0) for name in whole
-        } | {
-            name: read_memory(store, seen[name], min(self.k, store.capacity), scale)
-            for name, store in self.stores.items()
-            if name not in WHOLE and keep is not None
-        }
+        readings = {n: read_whole(self._held(n, query), seen[n.split()[0]], scale, keep or 0) for n in whole}
+        for name in [name for name in self.stores if name not in WHOLE and keep is not None]:
+            store = self.stores[name]
+            readings[name] = read_memory(store, seen[name], min(self.k, store.capacity), scale)
         if "far" in readings:
             readings["far"] = self._weighed(readings["far"], scale)
+        if not keep:
+            return readings
         for name, reading in readings.items():
             neighbours = reading.neighbours
             if neighbours is not None:

@@ -28,29 +28,34 @@ def read_locally(
     mask : tensor (rows or 1, 1, q, n), or None
         As the model made it: boolean, or added to the scores; None is plain causal order.
     """
-    rows, heads, n = key.shape[:3]
-    q = query.shape[2]
-    grouped = query.reshape(rows, heads, -1, q, query.shape[3])  # (rows, heads, group, q, dim)
+    q, n = query.shape[2], key.shape[2]
     causal = mask is None and q == n
     allowed = None if causal else as_boolean(mask, q, n, query.device)
-    reading = read_grouped(grouped, key, value, scale, None if allowed is None else allowed[:, :, None], causal)
-    return Reading(reading.output.reshape(*query.shape[:3], -1), reading.lse.reshape(query.shape[:3]))
+    return read_grouped(query, key, value, scale, allowed, causal)
 
 
 def read_grouped(
-    grouped: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bool
 ) -> Reading:
-    """Attention of queries (rows, heads, group, q, dim) over keys that each group shares (rows, heads, n, dim).
+    """Attention of queries (rows, query_heads, q, dim) over keys (rows, heads, n, dim) that groups of heads share.
 
-    What PyTorch has fused for it is asked first, and not checked beyond what it returns; `mask` is None where `causal`.
+    What PyTorch has fused for it is asked first, and not checked beyond what it returns; `mask`, (rows or 1, 1, q or 1,
+    n), is None where `causal`. Where all queries may see the same, those of a group are so many more of one head.
     """
-    key, value = key[:, :, None], value[:, :, None]
-    found = fused(grouped, key, value, scale, mask, causal and key.shape[3] > 1)
-    if found is not None:
-        return Reading(*found)
-    if causal:
-        mask = as_boolean(None, grouped.shape[3], key.shape[3], grouped.device)
-    return attend(grouped, key, value, scale=scale, mask=mask)
+    rows, heads, n = key.shape[:3]
+    q, dim = query.shape[2:]
+    causal = causal and n > 1
+    if causal or (mask is not None and mask.shape[2] > 1):
+        asked, key, value = query.reshape(rows, heads, -1, q, dim), key[:, :, None], value[:, :, None]
+        mask = None if mask is None else mask[:, :, None]
+    else:
+        asked = query.reshape(rows, heads, -1, dim)
+    found = fused(asked, key, value, scale, mask, causal)
+    if found is None:
+        mask = as_boolean(None, q, n, query.device) if causal else mask
+        reading = attend(asked, key, value, scale=scale, mask=mask)
+        found = reading.output, reading.lse
+    return Reading(found[0].reshape(*query.shape[:3], -1), found[1].reshape(query.shape[:3]))
 
 
 def as_boolean(mask: torch.Tensor | None, q: int, n: int, device: torch.device) -> torch.Tensor | None:
@@ -107,15 +112,15 @@ class Whole:
     Attributes
     ----------
     keys, values : tensors (rows, heads, n, dim)
-    there : bool tensor (rows, n)
-        False fills up a row that holds less than others.
+    there : bool tensor (rows, n), or None
+        False fills up a row that holds less than others; None where no row does.
     positions : int64 tensor (rows, n)
         -1 where there is nothing, or nothing that a trace is to tell.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    there: torch.Tensor
+    there: torch.Tensor | None
     positions: torch.Tensor
 
     @classmethod
@@ -124,10 +129,11 @@ class Whole:
         parts = [held(store, store.tokens, like) for store in stores]
         positions = [torch.from_numpy(part.positions).to(like.device) for part in parts]
         hidden = [p if t else torch.full_like(p, -1) for p, t in zip(positions, told, strict=True)]
+        there = torch.cat(positions, dim=1) >= 0
         return cls(
             torch.cat([part.keys for part in parts], dim=2),
             torch.cat([part.values for part in parts], dim=2),
-            torch.cat(positions, dim=1) >= 0,
+            None if bool(there.all()) else there,
             torch.cat(hidden, dim=1),
         )
 
@@ -135,7 +141,8 @@ class Whole:
         """The same, where each row serves `times` rows that follow one another."""
         if times == 1:
             return self
-        return Whole(*(a.repeat_interleave(times, dim=0) for a in (self.keys, self.values, self.there, self.positions)))
+        held = self.keys, self.values, self.there, self.positions
+        return Whole(*(None if a is None else a.repeat_interleave(times, dim=0) for a in held))
 
 
 def read_whole(whole: Whole, query: torch.Tensor, scale: float, keep: int) -> Reading:
@@ -144,14 +151,12 @@ def read_whole(whole: Whole, query: torch.Tensor, scale: float, keep: int) -> Re
     For many queries over a few hundred tokens this costs a fraction of what finding the nearest of them does.
     """
     rows, heads, q, dim = query.shape
-    whole = whole.repeated(rows // len(whole.there))
-    mask = None if bool(whole.there.all()) else whole.there[:, None, None, None]
-    grouped = query.reshape(rows, whole.keys.shape[1], -1, q, dim)
-    reading = read_grouped(grouped, whole.keys, whole.values, scale, mask, False)
-    reading = Reading(reading.output.reshape(rows, heads, q, -1), reading.lse.reshape(rows, heads, q))
-    told = whole.positions >= 0
-    if not keep or not told.any():
+    whole = whole.repeated(rows // len(whole.keys))
+    mask = None if whole.there is None else whole.there[:, None, None]
+    reading = read_grouped(query, whole.keys, whole.values, scale, mask, False)
+    if not keep or not (told := whole.positions >= 0).any():
         return reading
+    grouped = query.reshape(rows, whole.keys.shape[1], -1, q, dim)
     scores = (grouped.detach() @ whole.keys[:, :, None].mT).reshape(rows, heads, q, -1)
     scores = scores.masked_fill(~told[:, None, None], -torch.inf)
     scores, nearest = scores.topk(min(keep, scores.shape[-1]), dim=-1)

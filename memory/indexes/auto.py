@@ -1,7 +1,9 @@
 """Which index? The one whose step costs least, by what the memory is used for: its size, its reads and its writes.
 
 A step is one write of w tokens and one search of q queries among n keys of d components. What its parts cost is
-measured on the machine, or given (costs.py); what is counted here is how many there are.
+measured on the machine, or given (costs.py); what is counted here is how many there are. To make another index takes
+time too: it is made once the steps since the last change would have saved as much, so that at worst twice as much is
+spent as by who knows how many are to come (ski rental: Karlin et al., "Competitive snoopy caching", Algorithmica 1988).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .protocol import Index, Ring
 MEMORY = 0.9  # weight of the past in what a step is taken to be
 EVERY, SOONER = 32, 8  # searches from one choice to the next, and how many times fewer where each has
 MANY = 256  # queries a head
-BETTER = 0.7  # another index must promise this share of the present one's cost: to change is to build anew
+BETTER = 0.7  # another index must promise this share of the present one's cost: estimates are no more exact than that
 LEAST = 4096  # keys below which exact search is the cheapest, whatever things cost
 
 
@@ -34,7 +36,8 @@ class AutoIndex:
         self.make, self.target, self.costs, self.name = make, target, costs, "exact"
         self.index: Any = make["exact"]()
         self.queries = self.written = 0.0  # a step's, on average
-        self.searches = self.seen = 0
+        self.searches = 0  # since the last change
+        self.seen = 0
         self.refused: tuple[str, ...] = ()  # graphs, once they have missed their recall
         self.probed = 0.0  # share of the lists that audits asked for when there last were lists; 0 is unknown
         self.estimates: dict[str, float] = {}
@@ -69,7 +72,7 @@ class AutoIndex:
 
     def search(self, row: Ring, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         with self.lock:
-            first = self.searches == 0
+            first = self.queries == 0
             weight = 0.0 if first else MEMORY
             self.queries = weight * self.queries + (1 - weight) * queries.shape[1]
             self.written = weight * self.written + (1 - weight) * (0 if first else row.written - self.seen)
@@ -92,8 +95,9 @@ class AutoIndex:
         every = estimate(n, d, self.queries, self.written, self.target, self.costs, self.probed or None)
         self.estimates = {n: cost for n, cost in every.items() if n in self.make and n not in self.refused}
         cheapest = min(self.estimates, key=self.estimates.__getitem__)
-        if self.name not in self.estimates or self.estimates[cheapest] < BETTER * self.estimates[self.name]:
-            self.name, self.index = cheapest, self.make[cheapest]()
+        present, least = self.estimates.get(self.name, math.inf), self.estimates[cheapest]
+        if least < BETTER * present and self.searches * (present - least) >= building(n, d, self.costs)[cheapest]:
+            self.name, self.index, self.searches = cheapest, self.make[cheapest](), 0
 
     def explain(self) -> str:
         step = f"{self.queries:.0f} queries and {self.written:.0f} tokens a step"
@@ -124,6 +128,13 @@ def estimate(
     elif n < ivf.FIRST:
         counts["ivf"] = counts["exact"]  # what it is, up to there
     return {name: 1e-6 * costs.scanned * d * count for name, count in counts.items()}
+
+
+def building(n: int, d: int, costs: Costs) -> dict[str, float]:
+    """Milliseconds to make each index of n keys; panels and codes are made in the time of a few searches."""
+    lists = math.sqrt(n) if n >= ivf.FIRST else 0  # which are trained twice in a turnover, once now
+    counts = {"exact": 0.0, "ivf": costs.trained / 2 * lists, "hnsw": costs.built * math.log2(n / PARTS + 2)}
+    return {name: 1e-6 * costs.scanned * d * n * count for name, count in counts.items()}
 
 
 def restored(make: dict[str, Callable[[], Index]], target: float, costs: Any, state: dict[str, Any]) -> AutoIndex:
