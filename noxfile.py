@@ -82,7 +82,7 @@ def oldest(session: nox.Session) -> None:
     install_wheel(session, "transformers")
     install_group(session, "test")
     session.install("transformers==5.0.0")
-    parts = ("", "_refusals", "_saving")
+    parts = ("", "_around", "_refusals", "_saving")
     files = [f"tests/test_transformers{part}.py" for part in parts]
     session.run("pytest", *files, "tests/test_explain.py", *session.posargs)
 

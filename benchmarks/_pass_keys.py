@@ -135,7 +135,7 @@ def copied(memory: Any) -> tuple[Any, ...]:
     layers = {i: copy.copy(layer) for i, layer in memory.layers.items()}
     for layer in layers.values():
         layer.select(range(len(memory.tokens)))
-    return layers, [list(history) for history in memory.history], memory.following
+    return layers, [history[:] for history in memory.history], memory.following
 
 
 @torch.inference_mode()

@@ -7,8 +7,11 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from decoders import Letters, attach, generated, hostile_explanation, llama, logits
+from perdure.bindings.demo.report import passage as demo_passage
 from perdure.bindings.transformers import Explanation
 from perdure.bindings.transformers.trace import Draw
 
@@ -42,6 +45,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         tags = [tag for tag, _ in self.open]
+        if tags[-1:] == ["pre"] and not self.texts[-1]:
+            data = data.removeprefix("\n")  # which a browser takes for the way the page is written
         if "pre" in tags:
             self.texts[-1] += data
         for tag, found in self.open:
@@ -105,6 +110,39 @@ def test_bytes_that_are_no_character_and_ids_that_are_not_known_are_shown_as_suc
     page = Page(told.html())
     assert page.texts[1] == "x" + "�" * 5 + "y▯▯"
     assert page.buttons == {"1": "what comes next"}
+
+
+def words(decoder):
+    """A tokenizer of words, and the ids of a text that has one token a word."""
+    text = "the cat sat on the mat and the key is blue"
+    known = ["<unk>", *dict.fromkeys("▁" + word for word in text.split())]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), decoder
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    return text, tokenizer(text)["input_ids"], tokenizer
+
+
+def llama_2():
+    parts = tokenizers.decoders
+    return parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)])
+
+
+@pytest.mark.parametrize("decoder", [llama_2, tokenizers.decoders.Metaspace])
+def test_words_keep_their_spaces(decoder):
+    text, ids, tokenizer = words(decoder())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids[3:4]) == "on"
+    told = Explanation(ids, ids, {t: [Draw(t - 1, 0.5, 0, 0, 1.0)] for t in range(1, len(ids))}, tokenizer)
+    page = Page(told.html())
+    assert page.texts == [text, text]
+    assert page.marks["m3"] == " on"
+    assert told.passage(told.draws[4][0]) == "token 3: …the cat sat« on» the mat and the key is blue…"
+    assert demo_passage(torch.tensor(ids), 3, tokenizer, after=2) == "…the cat sat« on» the mat…"
+
+
+def test_the_first_line_of_a_text_may_be_empty():
+    ids = list(b"\n\nx")
+    assert Page(Explanation(ids, ids, {}, Bytes()).html()).texts == ["\n\nx"] * 2
 
 
 # ---- whose text is told ---------------------------------------------------------------------------------------------
@@ -184,6 +222,23 @@ def test_tokens_cached_before_a_trace_are_told_as_unknown(ids):
     assert told.document == [-1] * 20 + ids[0, 20:].tolist()
     assert any(draw.position < 20 for draw in told.draws[20])
     assert "«▯»" in str(told)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_call_that_failed_is_no_part_of_the_answer(caching, ids):
+    memory = remembering()
+    memory.read_document(ids[:1, :20], progress=False)
+    with memory.frozen(), memory.tracing() as trace:
+        logits(memory.model, ids[:1, 20:22])
+        failing = memory.model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(memory.model, ids[:1, :3], use_cache=caching)
+        failing.remove()
+        with pytest.raises(perdure.ShapeError):
+            logits(memory.model, ids[:1, :3], attention_mask=torch.ones(1, 1, 3, 3))
+        logits(memory.model, ids[:1, 22:26])
+    assert trace.ids() == ids[0, 20:26].tolist()
+    assert memory.explain().answer == ids[0, 20:26].tolist()
 
 
 def test_a_memory_that_was_cleared_is_told_as_it_was(ids):

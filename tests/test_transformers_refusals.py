@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 import transformers
@@ -172,10 +174,10 @@ def test_a_text_begins_as_the_tokenizer_begins_texts(ids):
     assert memory.read_document("ABC", progress=False) == 4
     assert memory.read_document("DEF", progress=False) == 3  # which goes on
     letters = Letters()("ABCDEF")["input_ids"]
-    assert memory.history == [[1, *letters]]
+    assert memory.history == [array("q", [1, *letters])]
     memory.clear()
     assert memory.read_document(letters, progress=False) == 6
-    assert memory.history == [letters]
+    assert memory.history == [array("q", letters)]
     plain = attach(llama(), tokenizer=Letters())
     assert plain.read_document("ABC", progress=False) == 3
     first = attach(llama(), tokenizer=Opening())

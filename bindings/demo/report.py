@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...backends.arrays import optional_import
+from ..transformers.explain import added
 from .inputs import Settings
 from .methods import Result
 
@@ -65,8 +66,9 @@ def remembered(results: list[Result], ids: torch.Tensor, tokenizer: Any, window:
 
 def passage(ids: torch.Tensor, token: int, tokenizer: Any, after: int) -> str:
     """The text around one token, which stands between guillemets, on one line."""
-    parts = ids[max(token - AROUND, 0) : token], ids[token : token + 1], ids[token + 1 : token + 1 + after]
-    before, here, rest = (tokenizer.decode(part).replace("\n", "⏎") for part in parts)
+    known, last = ids.tolist(), min(token + 1 + after, len(ids))
+    spans = (max(token - AROUND, 0), token), (token, token + 1), (token + 1, last)
+    before, here, rest = (added(tokenizer, known, *span).replace("\n", "⏎") for span in spans)
     return f"…{before}«{here}»{rest}" + ("…" if after else "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,11 +17,11 @@ from ...core import checks
 from ...memory.device_row import check
 from ...memory.knn import INDEXES
 from .layer import LayerMemory
-from .memory import ModelMemory
-from .positions import find_rotary
+from .memory import ATTACHED, ModelMemory
+from .positions import computed_in, find_rotary
 from .seam import BASES, GATE, SCALE, hook, implementation
 
-ATTACHED = "perdure_memory"  # the attribute of an attached model that holds its memory
+MEMORIES: weakref.WeakSet[ModelMemory] = weakref.WeakSet()  # those of all attached models
 SINKS = 4
 ATTENDING = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers, as configured
 BOTH_WAYS = (("is_causal", False), ("use_bidirectional_attention", True))  # what configurations say of it
@@ -91,7 +92,7 @@ def attach(
         Where memories are held and searched, exactly: main memory by default, whatever the model's device. What is
         saved from one device loads on every other.
     device_capacity : int, optional
-        The most tokens of a row of a layer on the device; older ones are kept in main memory.
+        The most tokens of a row of a layer on the `device`; older ones are kept in main memory.
 
     Returns
     -------
@@ -112,9 +113,11 @@ def attach(
     """
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError("model", "a PreTrainedModel of transformers", type(model).__name__, "Load one first.")
-    if hasattr(model, ATTACHED):
+    modules = set(model.modules())
+    if any(not modules.isdisjoint(memory.attentions.values()) for memory in MEMORIES):
         raise ArgumentError("model", "a model without memory", "one that has memory", "Call detach(model) first.")
     base = model.config._attn_implementation
+    base = base.removeprefix(implementation(""))  # set for another model that was built from the same configuration
     if base not in BASES:
         remedy = "Call model.set_attn_implementation('sdpa') first."
         raise ArgumentError("model", f"attention implementation {' or '.join(BASES)}", repr(base), remedy)
@@ -140,6 +143,9 @@ def attach(
             check(place, index, "float32")
     if device_capacity is not None:
         checks.count("device_capacity", device_capacity)
+        if device is None:
+            remedy = "Pass device='cuda' too, or leave device_capacity out."
+            raise ArgumentError("device_capacity", "None without a device", repr(device_capacity), remedy)
     config = model.config.get_text_config(decoder=True)
     checks.addressable(capacity=capacity, layers=len(chosen), heads=config.num_attention_heads, bytes=8)
     context = config.max_position_embeddings
@@ -148,58 +154,60 @@ def attach(
     distance = checks.count("distance", distance)
     beside = sorted(attentions) if recent else chosen
     body = find_body(model, attentions)
-    model.set_attn_implementation(implementation(base))
-    if model.config._attn_implementation != implementation(base):
-        remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."
-        raise ArgumentError("model", "attention that can be replaced", type(model).__name__, remedy)
+    wearing = [attentions[i] for i in beside]
     try:
+        model.set_attn_implementation(implementation(base))
+        if model.config._attn_implementation != implementation(base):
+            remedy = "Attach memory to a model that calls its attention through transformers.AttentionInterface."
+            raise ArgumentError("model", "attention that can be replaced", type(model).__name__, remedy)
         rotaries = {i: find_rotary(body, attentions[i]) for i in beside}
-    except ArgumentError:
-        model.set_attn_implementation(base)
-        raise
-    learned = not any(rotaries.values())
-    near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
-    sizes: dict[int, dict[str, Any]]
-    sizes = {i: {"near": near, "far": capacity - near} if i in chosen else {"near": recent, "far": 0} for i in beside}
-    common: dict[str, Any] = {
-        "distance": distance,
-        "trained": max(context - distance, distance),
-        "sinks": sinks,
-        "recent": recent,
-        "k": k,
-        "settings": {
-            "index": index,
-            "target_recall": target_recall,
-            "device": device,
-            "device_capacity": device_capacity,
-        },
-    }
-    memory = ModelMemory(
-        model,
-        tokenizer,
-        {i: LayerMemory(i, rotaries[i], **sizes[i], **common) for i in beside},
-        {i: attentions[i] for i in beside},
-        window=window,
-        limit=context if learned else None,
-        settings={
-            "layers": chosen,
-            "capacity": capacity,
-            "mixing": mixing,
-            "positions": positions,
+        learned = not any(rotaries.values())
+        near = {"true": capacity, "clamped": capacity if learned else min(distance, capacity), "constant": 0}[positions]
+        remembering: dict[str, Any] = {"near": near, "far": capacity - near}
+        reading: dict[str, Any] = {"near": recent, "far": 0}
+        common: dict[str, Any] = {
             "distance": distance,
-            "recent": recent,
+            "trained": max(context - distance, distance),
             "sinks": sinks,
-            "index": index,
-        },
-    )
-    if mixing == "gate":
-        for i in chosen:
-            like = next(attentions[i].parameters())
-            for name, number in ((GATE, 0.0), (SCALE, 1.0)):
-                start = torch.full((config.num_attention_heads,), number, dtype=like.dtype, device=like.device)
-                attentions[i].register_parameter(name, nn.Parameter(start))
-    memory.restore = (base, [attentions[i] for i in beside], hook(body, attentions, memory))
-    setattr(model, ATTACHED, memory)
+            "recent": recent,
+            "k": k,
+            "settings": {
+                "index": index,
+                "target_recall": target_recall,
+                "device": device,
+                "device_capacity": device_capacity,
+            },
+        }
+        memory = ModelMemory(
+            model,
+            tokenizer,
+            {i: LayerMemory(i, rotaries[i], **(remembering if i in chosen else reading), **common) for i in beside},
+            {i: attentions[i] for i in beside},
+            window=window,
+            limit=context if learned else None,
+            settings={
+                "layers": chosen,
+                "capacity": capacity,
+                "mixing": mixing,
+                "positions": positions,
+                "distance": distance,
+                "recent": recent,
+                "sinks": sinks,
+                "index": index,
+            },
+        )
+        if mixing == "gate":
+            for i in chosen:
+                like = computed_in(model, attentions[i])
+                for name, number in ((GATE, 0.0), (SCALE, 1.0)):
+                    start = torch.full((config.num_attention_heads,), number, dtype=like.dtype, device=like.device)
+                    attentions[i].register_parameter(name, nn.Parameter(start))
+        memory.restore = (base, wearing, hook(body, attentions, memory))
+        setattr(model, ATTACHED, memory)
+    except BaseException:
+        take_off(model, base, wearing, [])
+        raise
+    MEMORIES.add(memory)
     return memory
 
 
@@ -214,14 +222,22 @@ def detach(model: Any) -> None:
     memory = getattr(model, ATTACHED, None)
     if memory is None:
         raise ArgumentError("model", "a model with memory", "one without", "Call attach(model) first.")
-    base, attentions, handles = memory.restore
+    MEMORIES.discard(memory)
+    delattr(model, ATTACHED)
+    take_off(model, *memory.restore)
+
+
+def take_off(model: Any, base: str, attentions: Iterable[nn.Module], handles: Iterable[Any]) -> None:
+    """Remove what `attach` adds to a model; a configuration stays while others with memory were built from it too."""
     for handle in handles:
         handle.remove()
     for attention in attentions:
         for name in (GATE, SCALE):
             attention._parameters.pop(name, None)
-    delattr(model, ATTACHED)
-    model.set_attn_implementation(base)
+    if model.config._attn_implementation == implementation(base) and not any(
+        memory.model.config is model.config for memory in MEMORIES
+    ):
+        model.set_attn_implementation(base)
 
 
 def find_attentions(model: nn.Module) -> dict[int, nn.Module]:

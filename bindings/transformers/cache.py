@@ -45,10 +45,21 @@ class WindowLayer(DynamicLayer):
         self.slack = self.window // SLACK if sliding is None else 0
         self.cumulative_length = 0  # tokens ever cached and not cropped
         self.reordered = False  # whether rows have changed places
+        self.read = False  # whether a model with memory reads it just now
         self.notes: torch.Tensor | None = None  # (rows, cached, 2): where each token stands, and whether it is present
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Append a segment (rows, heads, n, dim); gives all that is cached."""
+        """Append a segment (rows, heads, n, dim); gives all that is cached.
+
+        Raises
+        ------
+        ArgumentError
+            The model has no memory any more, or is another: nobody would look at what has left.
+        """
+        if not self.read:
+            remedy = "Begin another cache, or attach memory before a cache begins and leave it on."
+            expected = "a cache that began with the model as it is"
+            raise ArgumentError("past_key_values", expected, "one that began with memory attached", remedy)
         self.cumulative_length += key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)
 

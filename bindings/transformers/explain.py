@@ -20,6 +20,21 @@ LONGEST = 4  # tokens that a character may take
 CONTINUED, UNKNOWN = "◦", "▯"  # shown for a token that ends what another began, and for one that is not known
 
 
+def added(tokenizer: Any, ids: Sequence[int], start: int, end: int) -> str:
+    """The text of `ids[start:end]` where they stand: decoders of words drop the space that a text begins with.
+
+    So they are decoded together with those before them, as far back as these begin with a whole character.
+    """
+    for before in range(1, LONGEST + 1):
+        earlier = list(ids[max(start - before, 0) : start])
+        told = "" if -1 in earlier else tokenizer.decode(earlier) if earlier else ""
+        if told and CUT not in told:
+            text = tokenizer.decode([*earlier, *ids[start:end]])
+            if text.startswith(told):
+                return text[len(told) :]
+    return tokenizer.decode(list(ids[start:end]))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Some tokens, and the memories that predicting each of them drew on.
@@ -45,7 +60,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = []
         for token, draws in self.draws.items():
-            told = self._text(self.answer[slice(*self._whole(self.answer, token))])
+            told = self._text(self.answer, *self._whole(self.answer, token))
             lines.append(f"token {token}, {told!r}, drew on" if token < len(self.answer) else "what comes next drew on")
             lines += [
                 f"  {d.weight:4.0%}  layer {d.layer}, head {d.head}, score {d.score:.1f}  {self.passage(d)}"
@@ -57,8 +72,8 @@ class Explanation:
     def passage(self, draw: Draw) -> str:
         """The text around the memory of a `draw`, which stands between guillemets, on one line."""
         start, end = self._whole(self.document, draw.position)
-        parts = (self.document[max(start - AROUND, 0) : start], self.document[start:end], self.document[end:][:AROUND])
-        before, here, after = (self._text(part).replace("\n", "⏎") for part in parts)
+        spans = (max(start - AROUND, 0), start), (start, end), (end, min(end + AROUND, len(self.document)))
+        before, here, after = (self._text(self.document, *span).replace("\n", "⏎") for span in spans)
         return f"token {draw.position}: …{before.lstrip(CUT)}«{here}»{after.rstrip(CUT)}…"
 
     def save_html(self, path: str | Path) -> Path:
@@ -92,14 +107,14 @@ class Explanation:
         document, done = [], 0
         for start, end, inside in together:
             marks = "".join(f'<span id="m{position}">' for position in inside)
-            document.append(html.escape(self._text(self.document[done:start])))
-            document.append(marks + html.escape(self._text(self.document[start:end])) + "</span>" * len(inside))
+            document.append(html.escape(self._text(self.document, done, start)))
+            document.append(marks + html.escape(self._text(self.document, start, end)) + "</span>" * len(inside))
             done = end
-        document.append(html.escape(self._text(self.document[done:])))
+        document.append(html.escape(self._text(self.document, done, len(self.document))))
         answer, done = [], 0
         for token in range(len(self.answer) + 1):
             start, done = done, max(done, self._whole(self.answer, token)[1])
-            answer.append(self._answer_token(token, self._text(self.answer[start:done])))
+            answer.append(self._answer_token(token, self._text(self.answer, start, done)))
         data = {
             token: [[d.position, round(d.weight, 4), d.layer, d.head, round(d.score, 2)] for d in draws]
             for token, draws in self.draws.items()
@@ -121,13 +136,20 @@ class Explanation:
             for end in range(at + 1, min(at + LONGEST, len(ids)) + 1)
         ]
         for start, end in sorted(around, key=lambda span: span[1] - span[0]):
-            if CUT not in self._text(ids[start:end]):
+            if CUT not in self._decoded(ids[start:end]):
                 return start, end
         return at, min(at + 1, len(ids))
 
-    def _text(self, ids: Sequence[int]) -> str:
-        known = itertools.groupby(ids, key=lambda i: i != -1)
-        return "".join(self.tokenizer.decode(list(some)) if k else UNKNOWN * len(list(some)) for k, some in known)
+    def _text(self, ids: Sequence[int], start: int, end: int) -> str:
+        """What `ids[start:end]` add to a text, whatever is not known of it shown as such."""
+        text = ""
+        for known, places in itertools.groupby(range(start, end), key=lambda at: ids[at] != -1):
+            inside = list(places)
+            text += added(self.tokenizer, ids, inside[0], inside[-1] + 1) if known else UNKNOWN * len(inside)
+        return text
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self._text(ids, 0, len(ids))
 
 
 PAGE = """<!doctype html>
@@ -142,8 +164,10 @@ button:focus-visible, button[aria-pressed=true] { outline: 2px solid #06c }
 span.drawn { background: rgb(255 120 0 / calc(.15 + var(--w) * .85)); outline: 1px solid #c60 }
 </style>
 <section aria-label="answer"><h2>Answer</h2><p>Choose a token; the darker, the more one head drew on one memory.</p>
-<pre>ANSWER</pre><ol id="draws"></ol></section>
-<section aria-label="document"><h2>What was read</h2><pre>DOCUMENT</pre></section>
+<pre>
+ANSWER</pre><ol id="draws"></ol></section>
+<section aria-label="document"><h2>What was read</h2><pre>
+DOCUMENT</pre></section>
 <script>
 const draws = DATA, list = document.getElementById("draws");
 document.querySelectorAll("button").forEach(button => button.addEventListener("click", () => {

@@ -66,6 +66,7 @@ def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary | None:
         Keys that the functions found do not turn as the layer itself does.
     """
     embedding = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    received = type(model).__name__
     if embedding is None:
         return None
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
@@ -73,12 +74,16 @@ def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary | None:
         by_type = "layer_type" in inspect.signature(type(embedding).forward).parameters
         kinds = getattr(attention.config, "layer_types", None)
         kind = kinds[attention.layer_idx] if by_type and kinds else None
-        if next(attention.parameters()).is_meta:  # nothing can be tried
+        like = computed_in(model, attention)
+        if like.is_meta:  # nothing can be tried
             return Rotary(embedding, apply, kind)
         for times in (1, 2):
             rotary = Rotary(embedding, apply, kind, times)
             try:
-                near, far = (keys_of(attention, rotary, position) for position in NEAR_AND_FAR)
+                near, far = (keys_of(attention, rotary, position, like) for position in NEAR_AND_FAR)
+                if not near.any():  # it would be the same wherever it stood
+                    received += ", a layer of which gives keys of zeros"
+                    break
                 if torch.equal(near, far):
                     return None
                 turned = rotary.turn(far, *(rotary.angles(at(position, far), far) for position in NEAR_AND_FAR[::-1]))
@@ -87,16 +92,25 @@ def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary | None:
             if float((turned - near).abs().max()) < CLOSE * float(near.abs().max()):
                 return rotary
     remedy = "Attach memory to a model that attends once a layer, to whole keys that its apply_rotary_pos_emb rotates."
-    raise ArgumentError("model", "keys whose rotation can be undone", type(model).__name__, remedy)
+    raise ArgumentError("model", "keys whose rotation can be undone", received, remedy)
 
 
 NEAR_AND_FAR = 1, 12  # positions at which a layer is tried
 CLOSE = 0.05  # of the largest number: what half precision may do to a key; another rotation changes it by as much
 
 
-def keys_of(attention: nn.Module, rotary: Rotary, position: int) -> torch.Tensor:
-    """The key (1, heads, 1, dim) that a layer computes of a vector, always the same, at `position`."""
-    like = next(attention.parameters())
+def computed_in(model: nn.Module, attention: nn.Module) -> torch.Tensor:
+    """An empty tensor of the dtype that `attention`, a layer of `model`, computes in, where it does.
+
+    Quantised weights are integers or small floating-point numbers, and tell nothing of what is computed with them.
+    """
+    every = [*attention.parameters(), *model.parameters()]
+    dtype = next((p.dtype for p in every if p.is_floating_point() and p.element_size() > 1), None)
+    return torch.empty(0, dtype=dtype, device=every[0].device)
+
+
+def keys_of(attention: nn.Module, rotary: Rotary, position: int, like: torch.Tensor) -> torch.Tensor:
+    """The key (1, heads, 1, dim) that a layer computes of a vector `like` this, always the same, at `position`."""
     width = attention.config.hidden_size
     given = torch.linspace(-1, 1, width).mul(17).sin()[None, None].to(like.device, like.dtype)
     caught: list[torch.Tensor] = []  # a layer that attends more than once would have several memories to keep

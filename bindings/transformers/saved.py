@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def load_memory(memory: ModelMemory, path: Path) -> None:
             loaded[i] = LayerMemory(i, layer.rotary, **layer.sizes, sinks=layer.sinks, settings=layer.settings)
             loaded[i].restore({n: a for n, a in within(arrays, f"layers.{i}.").items() if n != "rotation"})
         rows = len(next(iter(loaded.values())).tokens)
-        history = [arrays[f"history.{row}"].tolist() for row in range(rows)]
+        history = [array("q", arrays[f"history.{row}"].tolist()) for row in range(rows)]
         following = torch.from_numpy(arrays["following"]) if rows else None
         if any(len(layer.tokens) != rows for layer in loaded.values()) or (rows and following.shape != (rows,)):
             raise ArgumentError("rows", f"{rows} in every layer", "others", "Save it again.")
@@ -158,11 +159,12 @@ def learned_numbers(memory: ModelMemory) -> dict[str, nn.Parameter]:
     Raises
     ------
     ArgumentError
-        "joint" mixing learns nothing.
+        "joint" mixing learns nothing, or the memory was detached.
     """
     if memory.settings["mixing"] != "gate":
         remedy = "Call attach(model, mixing='gate'), whose gates and scales are learned."
         raise ArgumentError("mixing", "'gate'", repr(memory.settings["mixing"]), remedy)
+    memory.attached()
     parts = {"gate": GATE, "scale": SCALE}
     layers = {i: memory.attentions[i] for i in memory.settings["layers"]}
     return {f"layers.{i}.{part}": getattr(m, name) for i, m in layers.items() for part, name in parts.items()}

@@ -25,7 +25,7 @@ from .mixing import read_locally
 from .positions import Angles
 
 if TYPE_CHECKING:
-    from .memory import ModelMemory
+    from .forward import ForwardPasses
 
 BASES = ("sdpa", "eager")  # attention implementations that memory can join; their masks are understood in read_locally
 UNKNOWN = ("softcap", "position_bias", "sinks", "bias", "indices", "block_indices")  # what some models' attention takes
@@ -36,7 +36,7 @@ GATE, SCALE = "perdure_gate", "perdure_scale"  # the parameters that gated mixin
 class Seam:
     """What a hook hands to one call of the attention function."""
 
-    memory: ModelMemory
+    memory: ForwardPasses
     layer: LayerMemory
     tail: LayerMemory | None  # what the cache at hand remembers
     angles: Angles | None
@@ -152,36 +152,47 @@ for _base in BASES:
     AttentionMaskInterface.register(implementation(_base), ALL_MASK_ATTENTION_FUNCTIONS[_base])
 
 
-def hook(model: nn.Module, attentions: dict[int, nn.Module], memory: ModelMemory) -> list[Any]:
+def hook(model: nn.Module, attentions: dict[int, nn.Module], memory: ForwardPasses) -> list[Any]:
     """Install the hooks that feed `attention`; returns their handles.
 
     The order of one forward pass: the model's pre-hook begins a segment, each attached layer reads and stages, and the
     model's hook writes what was staged. An exception in between leaves memory as it was.
     """
-    signature = inspect.signature(model.forward)
-
-    @torch.compiler.disable
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        given.update(given.pop("kwargs", {}))
-        return (), memory.begin(given)
-
-    @torch.compiler.disable
-    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        memory.end()
-
-    def hand_over(layer: LayerMemory) -> Callable[..., Any]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            tail = memory.tail(layer.index)
-            seam = Seam(memory, layer, tail, kwargs.get("position_embeddings"), memory.staging or memory.recomputed)
-            return args, {**kwargs, "perdure_seam": seam}
-
-        return before
-
+    begins = functools.partial(begin, memory, inspect.signature(model.forward))
     handles = [
-        model.register_forward_pre_hook(begin, with_kwargs=True),
-        model.register_forward_hook(end, with_kwargs=True),
+        model.register_forward_pre_hook(begins, with_kwargs=True),
+        model.register_forward_hook(functools.partial(end, memory), with_kwargs=True, always_call=True),
     ]
     for index, layer in memory.layers.items():
-        handles.append(attentions[index].register_forward_pre_hook(hand_over(layer), with_kwargs=True))
+        before = functools.partial(hand_over, memory, layer)
+        handles.append(attentions[index].register_forward_pre_hook(before, with_kwargs=True))
     return handles
+
+
+@torch.compiler.disable
+def begin(
+    memory: ForwardPasses,
+    signature: inspect.Signature,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Before the model reads."""
+    given = signature.bind_partial(*args, **kwargs).arguments
+    given.update(given.pop("kwargs", {}))
+    return (), memory.begin(given)
+
+
+@torch.compiler.disable
+def end(memory: ForwardPasses, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """After the model has read; without an output where it, or `begin`, raised."""
+    memory.end(failed=output is None)
+
+
+def hand_over(
+    memory: ForwardPasses, layer: LayerMemory, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a layer attends."""
+    tail = memory.tail(layer.index)
+    seam = Seam(memory, layer, tail, kwargs.get("position_embeddings"), memory.staging or memory.recomputed)
+    return args, {**kwargs, "perdure_seam": seam}

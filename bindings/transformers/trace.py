@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...backends.errors import ArgumentError
 from ...core import checks
 from ...core.attention import Reading
 
-NOTHING: list[int] = []  # what a row that remembers nothing has read
+NOTHING: Sequence[int] = ()  # what a row that remembers nothing has read
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Chain:
     first: int  # number of its first token
     cached: int  # tokens that its cache held already
     earlier: list[int]  # those of them that are no padding, in each row
-    read: list[tuple[list[int], int]]  # of each row remembered, the ids of what it had read, and how many they were
+    read: list[tuple[Sequence[int], int]]  # of each row remembered, the ids of what it had read, and how many they were
     caching: bool
 
 
@@ -86,7 +86,7 @@ class Trace:
         shape: tuple[int, int],
         ids: torch.Tensor | None,
         mask: torch.Tensor | None,
-        history: list[list[int]],
+        history: Sequence[Sequence[int]],
         cache: Any = None,
         earlier: list[int] | None = None,
     ) -> None:
@@ -106,6 +106,14 @@ class Trace:
         kept = None if ids is None else ids.cpu()
         self._numbered += [(len(self._segments), at) for at in range(n)]
         self._segments.append(Segment(kept, None if mask is None else mask.cpu(), rows, self._chains[-1], []))
+
+    def take_back(self) -> None:
+        """The newest segment was not read after all."""
+        segment = self._segments.pop()
+        self._numbered = [numbered for numbered in self._numbered if numbered[0] < len(self._segments)]
+        if not any(other.chain is segment.chain for other in self._segments):
+            self._chains.pop()
+        self._cache = None
 
     def settle(self) -> None:
         """Take tokens back that the cache at hand has been made to forget, such as drafts that were rejected."""
@@ -143,7 +151,7 @@ class Trace:
         is -1 where it is not known.
         """
         self.settle()
-        longest: dict[int, tuple[list[int], int]] = {}
+        longest: dict[int, tuple[Sequence[int], int]] = {}
         own = [self._read(chain, row) for chain in self._chains]
         for read, n in own:
             longest[id(read)] = read, max(n, longest.get(id(read), (read, 0))[1])
@@ -162,7 +170,7 @@ class Trace:
                 document += [self._id(t, row) for t in range(chain.first, end) if self._present(t, row)]
         return document, found
 
-    def _read(self, chain: Chain, row: int) -> tuple[list[int], int]:
+    def _read(self, chain: Chain, row: int) -> tuple[Sequence[int], int]:
         rows = max(len(chain.earlier), 1)
         return chain.read[min(row, rows - 1) * len(chain.read) // rows] if chain.read else (NOTHING, 0)
 
