@@ -30,6 +30,7 @@ from typing import Any
 THREADS = next((word.partition("=")[2] for word in sys.argv if word.startswith("--threads=")), "1")
 SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # where set, the product would run below its speed
 os.environ.update({f"{name}_NUM_THREADS": THREADS for name in ("OMP", "OPENBLAS", "MKL", "NUMBA")})
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "4"}  # who is done does not spin on
 for name in SLOWING:
     os.environ.pop(name, None)
 
