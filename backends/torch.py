@@ -48,10 +48,10 @@ def to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _plain(tensors: Sequence[Any]) -> bool:
-    """Whether all lie in main memory and none needs a gradient, outside of compilation."""
+    """Whether all lie in main memory and none needs a gradient, of either mode, outside of compilation."""
     import torch
 
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
         return False
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not tracked and all(t.device.type == "cpu" for t in tensors)

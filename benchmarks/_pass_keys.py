@@ -54,6 +54,8 @@ def many_hidden(tokenizer: Any, length: int, many: int, seed: int) -> tuple[torc
 def alone(memory: Any, keys: list[tuple[str, range]]) -> Iterator[str]:
     """Each of `keys` in turn, while of the others nothing is remembered: in their places `memory` has the keys and
     values of the tokens before them once more. Afterwards it is what it was."""
+    if not keys:
+        return
     of_keys = np.array([place for _, places in keys for place in places])
     of_text = np.array([place - len(places) for _, places in keys for place in places])
     stores = [(i, name) for i, layer in memory.layers.items() for name in layer.stores if name != "first"]
@@ -106,9 +108,11 @@ def pass_keys(pretrained: Pretrained, setting: dict[str, Any], keep: Callable[[d
         try:
             for depth, (ids, key) in texts.items():
                 row: dict[str, Any] = {"length": ids.shape[1], "depth": depth}
-                alike = int((ids != filler)[0].int().argmax()) if depth < 1 else 0
+                both = min(ids.shape[1], filler.shape[1])
+                alike = int((ids[:, :both] != filler[:, :both])[0].int().argmax()) if depth < 1 else 0
                 branch, start = alike // WINDOW * WINDOW, time.perf_counter()
-                memory.read_document(ids[:, done:branch], progress=False, retrieve=setting["retrieve"])
+                if branch > done:
+                    memory.read_document(ids[:, done:branch], progress=False, retrieve=setting["retrieve"])
                 filling, done, last = filling + time.perf_counter() - start, branch, depth == max(texts)
                 kept, start = None if last else copied(memory), time.perf_counter()
                 memory.read_document(ids[:, branch:], progress=False, retrieve=setting["retrieve"])

@@ -243,3 +243,19 @@ def test_what_pytorch_fuses_is_attention_with_its_log_sum_exp(rng, dtype):
         output, lse = fused(queries, keys, values, 0.5, None, causal)
         torch.testing.assert_close(output.double(), whole.output, **close)
         torch.testing.assert_close(lse.double(), whole.lse, **close)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # raised inside PyTorch
+def test_merging_has_derivatives_of_forward_mode(rng):
+    outputs, lses = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((2, 3, 4), (2, 3)))
+    tangent = torch.ones_like(lses[0])
+
+    def merged(lse):
+        return perdure.merge(perdure.Reading(outputs[0], lse), perdure.Reading(outputs[1], lses[1])).output
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = merged(torch.autograd.forward_ad.make_dual(lses[0], tangent))
+        told = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    step = 1e-6
+    expected = (merged(lses[0] + step) - merged(lses[0] - step)) / (2 * step)
+    torch.testing.assert_close(told, expected, rtol=1e-6, atol=1e-8)

@@ -306,3 +306,43 @@ def test_ids_of_what_was_read_take_eight_bytes_each(ids):
     memory.read_document(ids, progress=False)
     assert [history.itemsize * len(history) for history in memory.history] == [8 * 40] * 2
     assert [history.tolist() for history in memory.history] == ids.tolist()
+
+
+def test_an_interrupted_thread_keeps_nobody_waiting(ids):
+    model = small()
+    memory = attach(model)
+    found = []
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    failing = model.model.layers[1].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, ids[:, :10])
+    failing.remove()
+    thread = threading.Thread(target=lambda: found.append(logits(model, ids[:, 10:20])))
+    thread.start()
+    thread.join()
+    assert len(found) == 1
+    assert memory.tokens.tolist() == [10, 10]
+
+
+def test_a_failed_pass_leaves_nothing_in_its_cache(ids):
+    model = small()
+    attach(model, window=8)
+    cache, expected = (transformers.DynamicCache(config=model.config) for _ in range(2))
+
+    def call(part, into):
+        return model(part, past_key_values=into, use_cache=True).logits
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    for part in ids[:, :20].split(10, dim=1):
+        failing = model.model.norm.register_forward_pre_hook(broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            call(part, cache)
+        failing.remove()
+        torch.testing.assert_close(call(part, cache), call(part, expected), rtol=0, atol=0)
+    assert cache.get_seq_length() == 20
+    torch.testing.assert_close(call(ids[:, 20:], cache), call(ids[:, 20:], expected), rtol=0, atol=0)

@@ -119,7 +119,7 @@ class MemoryTransformer(nn.Module):
         if tokens.ndim != 2:
             raise ShapeError("tokens", "shape (rows, n)", str(tuple(tokens.shape)), "Give each row its tokens.")
         if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == tokens.shape:
-            tokens = torch.where(mask, tokens, 0)  # padding may hold anything
+            tokens = torch.where(mask.to(tokens.device), tokens, 0)  # padding may hold anything
         if not torch.compiler.is_compiling():
             checks.within("tokens", tokens, 0, self.embedding.num_embeddings - 1)
         if memory is None:

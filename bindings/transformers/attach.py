@@ -114,8 +114,12 @@ def attach(
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError("model", "a PreTrainedModel of transformers", type(model).__name__, "Load one first.")
     modules = set(model.modules())
-    if any(not modules.isdisjoint(memory.attentions.values()) for memory in MEMORIES):
-        raise ArgumentError("model", "a model without memory", "one that has memory", "Call detach(model) first.")
+    holder = next((held.model for held in MEMORIES if not modules.isdisjoint(held.attentions.values())), None)
+    if holder is not None:
+        remedy = (
+            "Call detach(model) first." if holder is model else f"Call detach on the {type(holder).__name__} first."
+        )
+        raise ArgumentError("model", "a model without memory", "one that has memory", remedy)
     base = model.config._attn_implementation
     base = base.removeprefix(implementation(""))  # set for another model that was built from the same configuration
     if base not in BASES:

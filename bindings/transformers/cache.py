@@ -83,6 +83,15 @@ class WindowLayer(DynamicLayer):
         self.keys, self.values = self.keys[:, :, leaving:].clone(), self.values[:, :, leaving:].clone()
         self.notes = self.notes[:, leaving:].clone()
 
+    def take_back(self) -> None:
+        """Let go of what came with a forward pass that failed: it has no notes yet."""
+        self.read = False
+        if self.notes is None:
+            self.reset()
+        elif (tokens := self.keys.shape[-2] - self.notes.shape[1]) > 0:
+            self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
+            self.cumulative_length -= tokens
+
     def get_seq_length(self) -> int:
         """Tokens cached, those that have left included: where the next one stands."""
         return self.cumulative_length

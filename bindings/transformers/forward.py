@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from array import array
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from ...backends.errors import ArgumentError, ShapeError
@@ -72,7 +74,7 @@ class ForwardPasses:
             raise ArgumentError("model", f"attention implementation {ours!r}, as attached", repr(now), remedy)
         with self._entering:
             thread, broken = threading.get_ident(), self.inside != 0
-            if broken and self.inside in {other.ident for other in threading.enumerate()} - {thread}:
+            if broken and self.inside != thread and self._calling(self.inside):
                 remedy = "Hold a lock while you call the model, or give each thread a model with a memory of its own."
                 raise ArgumentError("model", "one forward pass at a time", "another, in another thread", remedy)
             self.inside = thread
@@ -169,11 +171,21 @@ class ForwardPasses:
         finally:
             self.inside = 0
 
+    def _calling(self, thread: int) -> bool:
+        """Whether a thread is in a call of the model: after an interruption it may live on, and do something else."""
+        modules, frame = set(self.model.modules()), sys._current_frames().get(thread)
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module in modules:
+                return True
+            frame = frame.f_back
+        return False
+
     def _fail(self) -> None:
         """Nothing of the forward pass at hand is kept."""
         self._drop_staged()
         for layer in self._windows:
-            layer.read = False
+            layer.take_back()
         if self._told is not None:
             self._told.take_back()
             self._told = None
