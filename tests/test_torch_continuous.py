@@ -134,3 +134,10 @@ def test_wrong_configurations_are_named(argument, options):
     with pytest.raises(ArgumentError) as caught:
         ContinuousAttention(DIM, HEADS, **{"segment": 8, "basis": 16, "samples": 8, **options})
     assert caught.value.argument == argument
+
+
+def test_the_authors_centre_lies_outside_of_the_signal():
+    options = {"segment": 8, "basis": 16, "samples": 12, "centre": -1.0}
+    assert ContinuousAttention(DIM, HEADS, **options, compat="infinite-former").centre == -1
+    with pytest.raises(ArgumentError, match="centre"):
+        ContinuousAttention(DIM, HEADS, **options)

@@ -137,7 +137,8 @@ class ContinuousAttention(TransformerXLAttention):
         self.compat = None if compat is None else checks.choice("compat", compat, COMPATIBLE)
         self.density = "gaussian" if compat else checks.choice("density", density, DENSITIES)
         self.floor, self.width = checks.positive("floor", floor), checks.positive("width", width)
-        self.centre = None if centre is None else checks.number("centre", centre, 0, 1)
+        bounds = () if compat else (0, 1)  # the authors' own lies outside of the signal
+        self.centre = None if centre is None else checks.number("centre", centre, *bounds)
         self.regulariser = 0.0 if regulariser == 0 else checks.positive("regulariser", regulariser)
         for name, flag in (("sticky", sticky), ("affine", affine), ("gated", gated)):
             checks.flag(name, flag)
