@@ -29,14 +29,14 @@ CARRYING = {
 }
 
 
-@pytest.mark.parametrize("family", CARRYING)
+@pytest.mark.parametrize("family", [name for name in CARRYING if hasattr(transformers, f"{name}Config")])
 def test_models_that_carry_more_than_attention_are_refused(family):
     """A state of their own, that windows start anew, or several memories a layer."""
     config = getattr(transformers, f"{family}Config")
     known = {n: v for n, v in {**LLAMA, **SPECIAL, **CARRYING[family]}.items() if hasattr(config(), n)}
     model = getattr(transformers, f"{family}ForCausalLM")(config(**known))
     base = model.config._attn_implementation
-    with pytest.raises(perdure.ArgumentError, match=r"^model: expected one causal self-attention in every layer, got "):
+    with pytest.raises(perdure.ArgumentError, match=r"^model: expected (one|a decoder with) causal self-attention"):
         attach(model)
     assert model.config._attn_implementation == base
 
