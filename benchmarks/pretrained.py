@@ -1,6 +1,6 @@
 """What memory does for a real pretrained model, SmolLM2-135M with a context of 8192 tokens, without any training.
 
-    nox -s bench -- pretrained                                   # quick: two cores, six minutes
+    nox -s bench -- pretrained                                   # quick: two cores, five minutes
     nox -s bench -- pretrained --full --document=topology.ml     # hours
 
 1. perplexity: one long document in windows of 512 tokens, within the context and beyond it, against windows alone, the
