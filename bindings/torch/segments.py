@@ -87,9 +87,8 @@ class SegmentedAttention(nn.Module):
             return output[:, :0], memory
         outputs, losses, n = [], [], x.shape[1]
         even = not memory.ragged and mask is None and (start is None or memory.phase == 0)
-        cuts: list[int] = []
         if memory.phase + n <= self.segment:
-            pass  # told apart for a compiler, whose graph then serves every phase
+            cuts: list[int] = []  # as `even` would have it too; so told, one compiled graph serves every phase
         elif even:
             cuts = list(range(self.segment - memory.phase, n, self.segment))
         elif torch.compiler.is_compiling():  # where boundaries lie is in the data, which a graph cannot ask

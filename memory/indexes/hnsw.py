@@ -120,7 +120,7 @@ class HNSWIndex:
             return self.candidates(row, h, queries[h], narrow[h], k, graphs, ef)
 
         heads = [(h,) for h in range(self.heads)]
-        together = getattr(backend, "rows_in_parallel", None) if len(heads) > 1 else None
+        together = getattr(backend, "rows_in_parallel", None)
         found = together(ask, heads) if together else [ask(*head) for head in heads]
         positions = found[0][None] if len(found) == 1 else np.stack(found)
         direct = getattr(backend, "rescore", None)
