@@ -9,7 +9,7 @@ The full setting trains a model for each length, as the paper does. The quick on
 a quarter of the paper's segments and lengths; it leads one model from short sequences to long ones, testing it at each
 length. What the memories are made of is in `models`.
 
-    nox -s bench -- sorting                      # quick: one core, minutes
+    nox -s bench -- sorting                      # quick: two cores, minutes
     nox -s bench -- sorting --full --device=cuda # the paper's sizes
 """
 
@@ -17,9 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +40,15 @@ from perdure.bindings.torch import (
 RESULTS = Path(__file__).parent / "results"
 QUICK = {
     "tokens": 10, "dim": 48, "heads": 2, "layers": 2, "segment": 256, "window": 256, "basis": 64, "contraction": 0.9,
-    "compression": 32, "rate": 3e-3, "test": 48, "k": 32, "combine": "gate", "memories": 1,
-    "courses": [[(64, 260, 16), (256, 30, 16), (512, 40, 8), (1024, 30, 8), (2048, 30, 8), (4096, 20, 8)]],
+    "compression": 32, "k": 512, "combine": "gate", "rate": 3e-3, "gates": 30, "layer": 0,
+    "test": 48, "courses": [[(64, 600, 16), (256, 150, 16), (512, 40, 8), (1024, 50, 8), (2048, 40, 8), (4096, 40, 8)]],
 }  # fmt: skip
 FULL = {
     "tokens": 20, "dim": 300, "heads": 6, "layers": 3, "segment": 1024, "window": 1024, "basis": 512,
-    "contraction": 0.75, "compression": 32, "rate": 2e-4, "test": 800, "k": 32, "combine": "gate", "memories": 1,
-    "courses": [[(4096, 20_000, 8)], [(8192, 20_000, 8)], [(16_384, 20_000, 8)]],
+    "contraction": 0.75, "compression": 32, "k": 1024, "combine": "gate", "rate": 2e-4, "gates": 30, "layer": 0,
+    "test": 800, "courses": [[(4096, 20_000, 8)], [(8192, 20_000, 8)], [(16_384, 20_000, 8)]],
 }  # fmt: skip
-
-
-TRIED = {"window": int, "contraction": float, "k": int, "combine": str, "memories": int}  # layers with a kNN memory
+TRIED = {"window": int, "contraction": float, "k": int, "combine": str, "gates": float, "layer": int}
 
 
 def sequences(count: int, length: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
@@ -72,6 +75,9 @@ def by_count(drawn: torch.Tensor, tokens: int) -> torch.Tensor:
 def models(setting: dict[str, Any], length: int) -> dict[str, Callable[[], MemoryTransformer]]:
     """How each model is built; memories of fixed size take half of Transformer-XL's window.
 
+    The kNN memory is that of one layer, the first, so that a layer above can compare what was looked up. Its keys are
+    made of the token before, so that neighbours are what followed one kind of token, and no copies of one.
+
     The compressive one pools: a mean of states needs no training to tell how often a token came. The signals contract
     slowly, so that the first of 16 segments has not shrunk to nothing beside the last.
     """
@@ -94,8 +100,8 @@ def models(setting: dict[str, Any], length: int) -> dict[str, Callable[[], Memor
         return lambda: ContinuousAttention(**{**common, "window": half}, **signal, sticky=sticky)
 
     def memorizing() -> Any:
-        looking = {"k": setting["k"], "combine": setting["combine"], "overlap": setting["combine"] == "gate"}
-        return MemorizingAttention(**common, capacity=length, **looking, positions="t5")
+        looking = {"k": setting["k"], "combine": setting["combine"], "overlap": False}
+        return MemorizingAttention(**common, capacity=length, **looking, keys="before", positions="t5")
 
     layers = setting["layers"]
     return {
@@ -103,31 +109,58 @@ def models(setting: dict[str, Any], length: int) -> dict[str, Callable[[], Memor
         "Compressive": build(*[compressive] * layers),
         "∞-former": build(*[infinite(False)] * layers),
         "∞-former, sticky": build(*[infinite(True)] * layers),
-        "Memorizing": build(*[xl] * (layers - setting["memories"]), *[memorizing] * setting["memories"]),
+        "Memorizing": build(*[xl] * setting["layer"], memorizing, *[xl] * (layers - 1 - setting["layer"])),
     }
 
 
 def answer(model: MemoryTransformer, batch: torch.Tensor, setting: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores (rows, tokens, vocabulary) of the answer, and what memory's regularisers ask."""
     memory, read = None, max(batch.shape[1] - setting["segment"], 0)
-    if read:
-        with torch.no_grad():  # no gradient crosses a segment, and the answer lies in the last
-            _, memory = model(batch[:, :read])
+    heard = read
+    for _ in range(setting["layers"] - 1 - setting["layer"]):  # each layer above sees a window before its segment
+        heard = max(heard // setting["segment"] * setting["segment"] - setting["window"], 0)
+    with torch.no_grad():  # no gradient crosses a segment, and the answer lies in the last
+        if heard:  # what was looked up before cannot reach the answer
+            with barely_asked(model):
+                _, memory = model(batch[:, :heard])
+        if heard < read:
+            _, memory = model(batch[:, heard:read], memory)
     logits, memory = model(batch[:, read:-1], memory)
     extra = [state.loss for state in memory if getattr(state, "loss", None) is not None]
     return logits[:, -setting["tokens"] :], sum(extra, logits.new_zeros(()))
 
 
+@contextmanager
+def barely_asked(model: MemoryTransformer) -> Iterator[None]:
+    """Layers that look up neighbours look up one."""
+    layers = [block.attention for block in model.blocks if hasattr(block.attention, "k")]
+    asked = [layer.k for layer in layers]
+    for layer in layers:
+        layer.k = 1
+    try:
+        yield
+    finally:
+        for layer, k in zip(layers, asked, strict=True):
+            layer.k = k
+
+
 def train(model: MemoryTransformer, course: list[tuple[int, int, int]], setting: dict[str, Any], device: str) -> Any:
-    """Train from length to length on fresh sequences; after each, yield the test."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=setting["rate"])
+    """Train from length to length on fresh sequences; after each, yield the test.
+
+    Adam moves a number by about its rate a step, so gates, single numbers that have to move by about 1 whenever
+    sequences double, have a higher one.
+    """
+    gates = {name: p for name, p in model.named_parameters() if name.endswith("attention.gate")}
+    others = [p for name, p in model.named_parameters() if name not in gates]
+    groups = [{"params": others, "of": 1}, {"params": list(gates.values()), "of": setting["gates"]}]
+    optimizer = torch.optim.Adam(groups)
     generator, tokens = torch.Generator().manual_seed(0), setting["tokens"]
     taken, steps = 0, sum(steps for _, steps, _ in course)
     for length, more, rows in course:
         begin, losses = time.perf_counter(), []
         for _ in range(more):
             for group in optimizer.param_groups:  # a short rise, then a fall
-                group["lr"] = setting["rate"] * min((taken + 1) / 20, (1.05 - taken / steps) ** 0.5)
+                group["lr"] = group["of"] * setting["rate"] * min((taken + 1) / 20, (1.05 - taken / steps) ** 0.5)
             batch = sequences(rows, length, tokens, generator).to(device)
             logits, extra = answer(model, batch, setting)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, -tokens:].flatten())
@@ -144,7 +177,10 @@ def train(model: MemoryTransformer, course: list[tuple[int, int, int]], setting:
 
 @torch.no_grad()
 def test(model: MemoryTransformer, length: int, setting: dict[str, Any], device: str) -> float:
-    """Share of the answers' tokens that are right, each given those before it."""
+    """Share of the answers' tokens that are right, each given those before it.
+
+    To name any that has not been named yet gives (1 + 1/2 + ... + 1/tokens) / tokens: 0.29 of 10, 0.18 of 20.
+    """
     tokens, right, generator = setting["tokens"], [], torch.Generator().manual_seed(1)
     for _ in range(max(setting["test"] // 16, 1)):
         batch = sequences(16, length, tokens, generator).to(device)
@@ -185,32 +221,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", help="a part of the names of the models to train; then nothing is kept")
+    parser.add_argument("--only", help="a part of the names of the models to train")
     parser.add_argument("--longest", type=int, default=1 << 20, help="leave out longer sequences")
     for name, kind in TRIED.items():
-        parser.add_argument(f"--{name}", type=kind, help="in place of the setting's")
+        parser.add_argument(f"--{name}", type=kind, help="in place of the setting's; then nothing is kept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, help="models trained at a time: 2 on CPUs, 1 on a GPU by default")
     options = parser.parse_args()
     setting = dict(FULL if options.full else QUICK)
-    setting |= {name: given for name in TRIED if (given := getattr(options, name)) is not None}
-    setting["courses"] = [[c for c in course if c[0] <= options.longest] for course in setting["courses"]]
-    lengths = [length for course in setting["courses"] for length, _, _ in course]
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {options.device}"
+    tried = {name: given for name in TRIED if (given := getattr(options, name)) is not None}
+    setting |= tried
+    if not 0 <= setting["layer"] < setting["layers"]:
+        parser.error(f"--layer is one of the {setting['layers']} layers, from 0")
+    shorter = ([part for part in course if part[0] <= options.longest] for course in setting["courses"])
+    setting["courses"] = [course for course in shorter if course]
+    processes = options.processes or (min(os.cpu_count() or 1, 2) if options.device == "cpu" else 1)
+    threads = max(torch.get_num_threads() // processes, 1)
+    machine = f"{named(options.device)}, {processes} at a time, {threads} threads each"
     whole = {"machine": machine, "torch": torch.__version__, "seed": options.seed, "setting": setting}
+    kept = not (tried or options.only or options.seed or options.longest < 1 << 20)
+    os.environ |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "NUMBA", "OPENBLAS")}
+    names = [name for name in models(setting, 1) if not options.only or options.only in name]
     results: dict[str, dict[str, Any]] = {}
-    for course in setting["courses"]:
-        for name, build in models(setting, max(lengths)).items():
-            if options.only and options.only not in name:
-                continue
-            torch.manual_seed(options.seed)
-            model = build().to(options.device)
-            for length, result in train(model, course, setting, options.device):
-                result["parameters"] = sum(p.numel() for p in model.parameters())
-                results.setdefault(name, {})[str(length)] = result
-                print(f"{length:6} {name:18} {result}", flush=True)
-            if not options.only:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        running = {
+            pool.submit(led, name, course, setting, options.device, options.seed): name
+            for course in setting["courses"]
+            for name in reversed(names)  # the one that takes longest first
+        }
+        for future in as_completed(running):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
+            by_length = results.get(running[future], {}) | future.result()
+            results[running[future]] = dict(sorted(by_length.items(), key=lambda item: int(item[0])))
+            results = {name: results[name] for name in names if name in results}
+            if kept:
                 keep(whole | {"results": results}, "sorting-full" if options.full else "sorting")
     show(results)
+
+
+def named(device: str) -> str:
+    """The machine's processor, or its GPU."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    try:
+        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text("utf-8"))[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def led(
+    name: str, course: list[tuple[int, int, int]], setting: dict[str, Any], device: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """One model led through a course: its results by length."""
+    torch.manual_seed(seed)
+    model, results = models(setting, max(length for length, _, _ in course))[name]().to(device), {}
+    for length, result in train(model, course, setting, device):
+        results[str(length)] = result | {"parameters": sum(p.numel() for p in model.parameters())}
+        print(f"{length:6} {name:18} {result}", flush=True)
+    return results
 
 
 def keep(whole: dict[str, Any], name: str) -> None:

@@ -90,6 +90,28 @@ def test_the_layer_is_its_definition(options):
         np.testing.assert_allclose(output[i], definition(layer, x[i].numpy()), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("combine", ["gate", "joint"])
+def test_no_more_neighbours_are_asked_for_than_there_can_be(monkeypatch, combine):
+    """The slots left out are those that would have been empty, also where a row starts anew."""
+    torch.manual_seed(0)
+    k, start = 5 * SEGMENT, torch.tensor([False, True])
+    layer = MemorizingAttention(
+        DIM, HEADS, segment=SEGMENT, capacity=4 * SEGMENT, k=k, combine=combine, dtype="float64"
+    ).double()
+    calls = tokens(2, 7 * SEGMENT).split(SEGMENT - 1, dim=1)
+
+    def outputs():
+        memory, given = None, []
+        for i, x in enumerate(calls):
+            output, memory = layer(x, memory, start if i == 3 else None)
+            given.append(output)
+        return torch.cat(given, dim=1)
+
+    fewer = outputs()
+    monkeypatch.setattr(layer, "_slots", lambda position: k)
+    torch.testing.assert_close(fewer, outputs(), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("positions", ["rope", "t5"])
 def test_positions_count_distances_only(positions):
     torch.manual_seed(3)

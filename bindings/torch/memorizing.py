@@ -81,8 +81,9 @@ class MemorizingAttention(SegmentedAttention):
     A call of n tokens costs the search of n queries a head in at most `capacity` keys, and O(n (segment + window)) of
     local attention. No gradient reaches what is stored or the selection; gradients reach the queries, the scale and
     the gate through the scores of what was retrieved. Nothing therefore teaches a query to prefer what it has never
-    retrieved: small models, and short training, gain from memory with keys="before" and projections="equal", and next
-    to nothing without; large models learn as much by themselves.
+    retrieved: in language modelling small models, and short training, gain from memory with keys="before" and
+    projections="equal", and next to nothing without; large models learn as much by themselves. Where what was looked
+    up has to be compared, as in counting, a layer above must do it (benchmarks/results/learning.md).
     Source: Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. Differs from the paper in
     that segments are counted in each row's own tokens, so that padding and the cut into calls change nothing, and in
     where `scale` starts.
@@ -187,7 +188,8 @@ class MemorizingAttention(SegmentedAttention):
         else:
             scaled = queries / math.sqrt(self.head_dim)
         begins = torch.zeros_like(memory.position, dtype=torch.bool) if start is None else start
-        recalled = recall(memory.token, queries.detach(), memory.keys, memory.values, memory.position, begins, self.k)
+        k = self._slots(memory.position)
+        recalled = recall(memory.token, queries.detach(), memory.keys, memory.values, memory.position, begins, k)
         token, retrieved = recalled[0], recalled[1:]
         with torch.autocast(x.device.type, enabled=False):  # scores and softmax in full precision
             read = self._read(scaled, *retrieved)
@@ -199,6 +201,12 @@ class MemorizingAttention(SegmentedAttention):
             "values": slide(memory.values, values.detach(), present),
         }
         return self.output(self._joined(output)), kept
+
+    def _slots(self, position: torch.Tensor) -> int:
+        """How many neighbours to ask for: no more than there can be, where that may be looked up."""
+        if self.nothing == "zeros" or torch.compiler.is_compiling():
+            return self.k
+        return min(self.k, self.capacity, max(int(position.max()), 1))
 
     def _read(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, found: torch.Tensor) -> Reading:
         """Attention of (already scaled) queries over what each retrieved."""
@@ -227,7 +235,8 @@ class MemorizingAttention(SegmentedAttention):
             near = tokens - (memory.position // self.segment * self.segment)[:, None]  # of however long a document
             queries, keys = rotate(queries, near[:, None, seen:]), rotate(keys, near[:, None])
         elif self.positions == "t5":
-            distances = tokens[:, seen:, None] - tokens[:, None, :]
+            alike = tokens if present is not None else tokens[:1]  # without padding, distances are those of every row
+            distances = alike[:, seen:, None] - alike[:, None, :]
             bias = self.bias(buckets(distances)).movedim(-1, 1)
         if self.kv_heads != self.heads:
             keys, values = (a.repeat_interleave(self.heads // self.kv_heads, dim=1) for a in (keys, values))

@@ -41,8 +41,8 @@ class MemoryTransformer(nn.Module):
     >>> import torch
     >>> from perdure.bindings.torch import MemorizingAttention, MemoryTransformer, TransformerXLAttention
     >>> model = MemoryTransformer(256, [
-    ...     TransformerXLAttention(32, heads=4, segment=64, window=64),
     ...     MemorizingAttention(32, heads=4, segment=64, window=64, capacity=4096, positions="t5"),
+    ...     TransformerXLAttention(32, heads=4, segment=64, window=64),
     ... ])
     >>> memory = model.memory(rows=2)
     >>> for tokens in torch.randint(256, (2, 192)).split(64, dim=1):
