@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _machine import processor
 from _pass_keys import WINDOW, many_pass_keys, pass_keys
 from perdure.bindings.demo.methods import Result, with_cache, with_memory, without_memory
 from perdure.bindings.pretrained import smollm2
@@ -267,7 +268,7 @@ def main() -> None:
         "document": options.document.name,
         "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
         "setting": {name: value for name, value in setting.items() if not callable(value)},
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
     }
     losses: dict[str, torch.Tensor] = {}
     uses = (
@@ -302,13 +303,6 @@ def command(given: list[str]) -> str:
     if "--output" in given:
         given = given[: given.index("--output")] + given[given.index("--output") + 2 :]
     return shlex.join(["benchmarks/pretrained.py", *(Path(part).name if "/" in part else part for part in given)])
-
-
-def _processor() -> str:
-    try:
-        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text("utf-8"))[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

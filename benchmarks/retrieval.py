@@ -35,6 +35,7 @@ for name in SLOWING:
     os.environ.pop(name, None)
 
 import numpy as np  # noqa: E402  # the variables above are read when it is imported
+from _machine import processor  # noqa: E402
 from _retrieval_data import DATA  # noqa: E402
 from _retrieval_engines import Perdure, Ring, SameGraph, engines  # noqa: E402
 
@@ -154,12 +155,8 @@ def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     from perdure.backends.numba import machine as cpu
 
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "register_bytes": cpu.register_bytes(),
         "vnni": cpu.dots(),

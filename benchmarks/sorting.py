@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _machine import processor
 from perdure.bindings.torch import (
     CompressiveAttention,
     ContinuousAttention,
@@ -237,7 +236,8 @@ def main() -> None:
     setting["courses"] = [course for course in shorter if course]
     processes = options.processes or (min(os.cpu_count() or 1, 2) if options.device == "cpu" else 1)
     threads = max(torch.get_num_threads() // processes, 1)
-    machine = f"{named(options.device)}, {processes} at a time, {threads} threads each"
+    where = processor() if options.device == "cpu" else torch.cuda.get_device_name(options.device)
+    machine = f"{where}, {processes} at a time, {threads} threads each"
     whole = {"machine": machine, "torch": torch.__version__, "seed": options.seed, "setting": setting}
     kept = not (tried or options.only or options.seed or options.longest < 1 << 20)
     os.environ |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "NUMBA", "OPENBLAS")}
@@ -258,16 +258,6 @@ def main() -> None:
             if kept:
                 keep(whole | {"results": results}, "sorting-full" if options.full else "sorting")
     show(results)
-
-
-def named(device: str) -> str:
-    """The machine's processor, or its GPU."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    try:
-        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text("utf-8"))[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
 
 
 def led(

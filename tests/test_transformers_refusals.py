@@ -36,7 +36,10 @@ def test_models_that_carry_more_than_attention_are_refused(family):
     known = {n: v for n, v in {**LLAMA, **SPECIAL, **CARRYING[family]}.items() if hasattr(config(), n)}
     model = getattr(transformers, f"{family}ForCausalLM")(config(**known))
     base = model.config._attn_implementation
-    with pytest.raises(perdure.ArgumentError, match=r"^model: expected (one|a decoder with) causal self-attention"):
+    expected = "one causal self-attention in every layer"
+    if family == "RecurrentGemma" and transformers.__version__.startswith("5.0."):  # refused sooner there
+        expected = "a decoder with causal self-attention"
+    with pytest.raises(perdure.ArgumentError, match=f"^model: expected {expected}, got "):
         attach(model)
     assert model.config._attn_implementation == base
 
